@@ -1,0 +1,102 @@
+"""longspan: affordable attention at long context, one contract for five mechanisms.
+
+Public names are resolved on first use; importing the package needs torch only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ._front import attention
+    from ._merge import merge, merge_stick_breaking
+    from .errors import (
+        ConfigError,
+        LongspanError,
+        LongspanWarning,
+        MissingExtraError,
+        PatchError,
+        ShapeError,
+        UnsupportedError,
+    )
+    from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
+    from .exact.config import ExactConfig
+    from .explain import Explanation, explain
+    from .sdpa import patched_sdpa
+    from .types import AttentionOutput, Impl
+    from .window.api import window_attention, window_attention_varlen, window_attention_with_lse
+    from .window.config import WindowConfig
+    from .window.state import WindowState
+
+_LAZY = {
+    "attention": "_front",
+    "merge": "_merge",
+    "merge_stick_breaking": "_merge",
+    "ConfigError": "errors",
+    "LongspanError": "errors",
+    "LongspanWarning": "errors",
+    "MissingExtraError": "errors",
+    "PatchError": "errors",
+    "ShapeError": "errors",
+    "UnsupportedError": "errors",
+    "exact_attention": "exact.api",
+    "exact_attention_varlen": "exact.api",
+    "exact_attention_with_lse": "exact.api",
+    "ExactConfig": "exact.config",
+    "Explanation": "explain",
+    "explain": "explain",
+    "patched_sdpa": "sdpa",
+    "AttentionOutput": "types",
+    "Impl": "types",
+    "window_attention": "window.api",
+    "window_attention_varlen": "window.api",
+    "window_attention_with_lse": "window.api",
+    "WindowConfig": "window.config",
+    "WindowState": "window.state",
+}
+_SUBMODULES = ("mechanisms", "testing")
+
+__all__ = [
+    "AttentionOutput",
+    "ConfigError",
+    "ExactConfig",
+    "Explanation",
+    "Impl",
+    "LongspanError",
+    "LongspanWarning",
+    "MissingExtraError",
+    "PatchError",
+    "ShapeError",
+    "UnsupportedError",
+    "WindowConfig",
+    "WindowState",
+    "__version__",
+    "attention",
+    "exact_attention",
+    "exact_attention_varlen",
+    "exact_attention_with_lse",
+    "explain",
+    "merge",
+    "merge_stick_breaking",
+    "patched_sdpa",
+    "window_attention",
+    "window_attention_varlen",
+    "window_attention_with_lse",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBMODULES})
