@@ -54,6 +54,56 @@ def _multiply(a, b):
 
 
 @triton.jit
+def _round_to(x, dtype: tl.constexpr, APPROX: tl.constexpr):
+    """float32 `x`, rounded to what `dtype` can hold."""
+    if dtype == tl.float32:
+        return x
+    elif APPROX and dtype == tl.bfloat16:
+        # the packed conversion; going through a tensor of bfloat16 gives one slow F2F per element
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 pair;
+            cvt.rn.bf16x2.f32 pair, $3, $2;
+            shl.b32 $0, pair, 16;
+            and.b32 $1, pair, 0xffff0000;
+            }
+            """,
+            "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _quad_product(own, BLOCK_M: tl.constexpr):
+    """(BLOCK_M, 4): product over the nearer lanes of each lane, and (BLOCK_M,) over all four."""
+    y = tl.reshape(own, (BLOCK_M, 2, 2))
+    odd = (tl.arange(0, 2) == 1)[None, None, :]
+    upper = (tl.arange(0, 2) == 1)[None, :]
+    even_value = tl.sum(tl.where(odd, 0.0, y), 2)
+    pair = tl.reduce(y, 2, _multiply)
+    lower_pair = tl.sum(tl.where(upper, 0.0, pair), 1)
+    total = tl.reduce(pair, 1, _multiply)
+    before_pair = tl.where(upper, lower_pair[:, None], 1.0)
+    before = tl.where(odd, even_value[:, :, None], 1.0) * before_pair[:, :, None]
+    return tl.reshape(before, (BLOCK_M, 4)), total
+
+
+@triton.jit
+def _quad_sum(own, BLOCK_M: tl.constexpr):
+    """(BLOCK_M, 4): sum over the nearer lanes of each lane, and (BLOCK_M,) over all four."""
+    y = tl.reshape(own, (BLOCK_M, 2, 2))
+    odd = (tl.arange(0, 2) == 1)[None, None, :]
+    upper = (tl.arange(0, 2) == 1)[None, :]
+    pair = tl.sum(y, 2)
+    total = tl.sum(pair, 1)
+    before_pair = tl.where(upper, total[:, None] - pair, 0.0)
+    before = tl.where(odd, pair[:, :, None] - y, 0.0) + before_pair[:, :, None]
+    return tl.reshape(before, (BLOCK_M, 4)), total
+
+
+@triton.jit
 def _key_of_column():
     """(64,) key offset inside its tile of each column, in the order described above."""
     c = tl.arange(0, 64)
@@ -137,8 +187,9 @@ def _tile_weights(x, rest, BLOCK_M: tl.constexpr, APPROX: tl.constexpr):
     w8, w9, w10, w11, g2, i2 = _group4(e8, e9, e10, e11, APPROX)
     w12, w13, w14, w15, g3, i3 = _group4(e12, e13, e14, e15, APPROX)
     lane_log = (_log2(g0, APPROX) + _log2(g1, APPROX)) + (_log2(g2, APPROX) + _log2(g3, APPROX))
-    before = tl.cumsum(lane_log, 1) - lane_log
-    r = rest[:, None] * _exp2(-before, APPROX)
+    # the stick is carried as a product: its rounding is unbiased, that of lg2.approx is not
+    before, left = _quad_product((i0 * i1) * (i2 * i3), BLOCK_M)
+    r = rest[:, None] * before
     r0 = r * i0
     r1 = r0 * i1
     r2 = r1 * i2
@@ -150,8 +201,6 @@ def _tile_weights(x, rest, BLOCK_M: tl.constexpr, APPROX: tl.constexpr):
         w12 * r3, w13 * r3, w14 * r3, w15 * r3,
         BLOCK_M,
     )  # fmt: skip
-    # the stick is carried as a product: its rounding is unbiased, that of lg2.approx is not
-    left = tl.reduce((i0 * i1) * (i2 * i3), 1, _multiply)
     largest = tl.maximum(tl.maximum(g0, g1), tl.maximum(g2, g3))
     return weights, rest * left, lane_log, largest
 
@@ -192,15 +241,15 @@ def _tile_gradients(x, dp, rest, far, dtype: tl.constexpr, BLOCK_M: tl.constexpr
     c14 = c13 * u13
     c15 = c14 * u14
     lane = c15 * u15
-    lane_log = _log2(tl.maximum(lane, 1e-37), APPROX)  # exclusive = inclusive - own needs it finite
-    r = rest[:, None] * _exp2(tl.cumsum(lane_log, 1) - lane_log, APPROX)
+    before, factor = _quad_product(lane, BLOCK_M)
+    r = rest[:, None] * before
     stick = _join16(
         r, r * u0, r * c2, r * c3, r * c4, r * c5, r * c6, r * c7,
         r * c8, r * c9, r * c10, r * c11, r * c12, r * c13, r * c14, r * c15,
         BLOCK_M,
     )  # fmt: skip
-    weights = (beta * stick).to(dtype)
-    a = weights.to(tl.float32) * dp
+    weights = _round_to(beta * stick, dtype, APPROX)
+    a = weights * dp
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15 = _split16(a, BLOCK_M)
     s2 = a0 + a1
     s3 = s2 + a2
@@ -217,11 +266,12 @@ def _tile_gradients(x, dp, rest, far, dtype: tl.constexpr, BLOCK_M: tl.constexpr
     s14 = s13 + a13
     s15 = s14 + a14
     lane_sum = s15 + a15
-    f = far[:, None] - (tl.cumsum(lane_sum, 1) - lane_sum)
+    nearer, near = _quad_sum(lane_sum, BLOCK_M)
+    f = far[:, None] - nearer
     beyond = _join16(
         f, f - a0, f - s2, f - s3, f - s4, f - s5, f - s6, f - s7,
         f - s8, f - s9, f - s10, f - s11, f - s12, f - s13, f - s14, f - s15,
         BLOCK_M,
     )  # fmt: skip
     dz = a - beta * beyond
-    return weights, dz, tl.reduce(lane, 1, _multiply), tl.sum(lane_sum, 1)
+    return weights.to(dtype), dz, factor, near
