@@ -92,8 +92,9 @@ def stick_breaking_attention(
     Semantics:
         Query i stands at key index p = i + query_offset and sees keys before p (and p itself with
         `attend_current`), at most the `window` nearest. With `early_stop` the walk ends when less
-        than that share of the stick is left in every row of a tile; output and gradients are then
-        off by at most that share. Second derivatives are not available.
+        than a share R of the stick is left in every row of a tile; an output is then off by at
+        most R max|v|, a score's gradient by R (2 + log 1/R) max|dO.v| in all, and gradients are
+        those of what was computed. Second derivatives are not available.
 
     Cost:
         Time O(N_q N_k D) per head for a full walk, O(N_q span D) with `early_stop`, where span is
