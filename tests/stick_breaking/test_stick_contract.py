@@ -247,9 +247,7 @@ def test_visited_fraction_agrees_with_the_reference():
                 )
                 counts.append(float(-log_rest.sum() / 0.6931471805599453))
             expected = counts[0] / counts[1] if counts[1] else 1.0
-            got = mechanism.visited_fraction(
-                config, n_q, n_k, is_causal=True, query_offset=offset
-            )
+            got = mechanism.visited_fraction(config, n_q, n_k, is_causal=True, query_offset=offset)
             assert got == pytest.approx(expected)
 
 

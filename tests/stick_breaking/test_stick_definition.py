@@ -77,9 +77,7 @@ def test_equals_the_loop(impl, rules, shape, gradients):
 def test_eager_equals_reference_for_any_shape(
     n_q, n_k, offset, kv_heads, group, window, attend_current
 ):
-    q, k, v = make_qkv(
-        2, kv_heads * group, n_q, 4, n_k=n_k, kv_heads=kv_heads, dtype=torch.float64
-    )
+    q, k, v = make_qkv(2, kv_heads * group, n_q, 4, n_k=n_k, kv_heads=kv_heads, dtype=torch.float64)
     results = [
         stick_breaking_attention_with_remainder(
             q,

@@ -167,7 +167,9 @@ def test_early_stop_error_is_within_its_bound(early_stop, bias, gradients):
     key_size = float(k.detach().norm(dim=-1).max()) * 8**-0.5
     bound = early_stop * (2 + math.log(1 / early_stop)) * reach * key_size
     assert float((dq[0] - dq[1]).norm(dim=-1).max()) <= bound
-    assert early_stop > 0.1 or bound < float(dq[0].norm(dim=-1).max()), "the bound must say something"
+    assert early_stop > 0.1 or bound < float(dq[0].norm(dim=-1).max()), (
+        "the bound must say something"
+    )
 
 
 def test_early_stop_gradient_is_the_derivative_of_what_ran():

@@ -259,9 +259,7 @@ def stick_breaking_attention_varlen(
     return output
 
 
-def implementations(
-    call: Call | VarlenCall, config: StickBreakingConfig
-) -> tuple[ImplReport, ...]:
+def implementations(call: Call | VarlenCall, config: StickBreakingConfig) -> tuple[ImplReport, ...]:
     """For each implementation, preferred first, whether it can run this call."""
     everywhere = None
     if not call.is_causal:

@@ -108,9 +108,7 @@ def stick_breaking_bwd(
         from .impl.packed import packed_backward as backward
     else:
         from .impl.eager import eager_backward as backward
-    part = backward(
-        grad_output, grad_log_rest, query, key, value, residual, visited, settings
-    )
+    part = backward(grad_output, grad_log_rest, query, key, value, residual, visited, settings)
     bias = settings.logit_bias
     dbias = query.new_empty(0) if bias is None else part.logit_bias.to(bias.dtype)
     return part.query, part.key, part.value, dbias
@@ -118,7 +116,12 @@ def stick_breaking_bwd(
 
 @stick_breaking_bwd.register_fake
 def _(
-    grad_output: Tensor, grad_log_rest: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    grad_output: Tensor,
+    grad_log_rest: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias = rest[4]
     dbias = query.new_empty(0) if bias is None else torch.empty_like(bias)
@@ -179,9 +182,7 @@ def _triton_backward(
 
     *lead, residual, log_rest, visited = tensors
     low = residual if residual.numel() else None
-    dq, dk, dv, dbias = stick_backward(
-        *lead, low, log_rest, visited, **_kernel_settings(settings)
-    )
+    dq, dk, dv, dbias = stick_backward(*lead, low, log_rest, visited, **_kernel_settings(settings))
     return dq, dk, dv, lead[2].new_empty(0) if dbias is None else dbias
 
 

@@ -25,8 +25,8 @@ def give_to_own_value(output: Tensor, log_rest: Tensor, call: Call) -> Tensor:
     kv_heads = own.shape[1]
     grouped = (batch, kv_heads, heads // max(kv_heads, 1), n_q)
     rest = torch.exp(log_rest).reshape(*grouped, 1)
-    sum_ = output.to(rest.dtype).reshape(*grouped, -1) + rest * own.unsqueeze(2)
-    return sum_.reshape(output.shape).to(output.dtype)
+    wide = output.to(rest.dtype).reshape(*grouped, output.shape[-1])
+    return (wide + rest * own.unsqueeze(2)).reshape(output.shape).to(output.dtype)
 
 
 def give_to_own_value_packed(output: Tensor, log_rest: Tensor, call: VarlenCall) -> Tensor:
@@ -46,5 +46,5 @@ def give_to_own_value_packed(output: Tensor, log_rest: Tensor, call: VarlenCall)
     own = own.masked_fill(~has_key[:, None, None], 0.0)
     kv_heads = own.shape[1]
     rest = torch.exp(log_rest).reshape(total_q, kv_heads, heads // kv_heads, 1)
-    wide = output.to(rest.dtype).reshape(total_q, kv_heads, heads // kv_heads, -1)
+    wide = output.to(rest.dtype).reshape(total_q, kv_heads, heads // kv_heads, output.shape[-1])
     return (wide + rest * own.unsqueeze(2)).reshape(output.shape).to(output.dtype)

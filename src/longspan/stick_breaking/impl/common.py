@@ -63,7 +63,11 @@ class Geometry(NamedTuple):
         return [(c * size, min((c + 1) * size, self.n_k)) for c in chunks]
 
     def hidden(
-        self, rows: tuple[int, int], keys: tuple[int, int], lengths: Tensor | None, device: torch.device
+        self,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        lengths: Tensor | None,
+        device: torch.device,
     ) -> Tensor | None:
         """Bool, broadcasts to (U, 1, rows, keys), True where a key is not seen; None if all are.
 

@@ -25,9 +25,7 @@ def packed_forward(query: Tensor, key: Tensor, value: Tensor, settings: Settings
     blocks = -(-settings.max_seqlen_q // QUERY_BLOCK)
     visited = query.new_zeros((len(count) - 1, heads, blocks), dtype=torch.int32)
     for index, q_span, k_span, one in _sequences(settings):
-        part = eager_forward(
-            _dense(query, q_span), _dense(key, k_span), _dense(value, k_span), one
-        )
+        part = eager_forward(_dense(query, q_span), _dense(key, k_span), _dense(value, k_span), one)
         output[q_span] = part.output[0].transpose(0, 1)
         log_rest[q_span] = part.log_rest[0].t()
         total[q_span] = part.total[0].t()
