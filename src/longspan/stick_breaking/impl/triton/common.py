@@ -9,13 +9,29 @@ quad. K and V rows are gathered in that order by their loads; nothing else knows
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-__all__ = ["KEY_TILE"]
+__all__ = ["KEY_TILE", "Config"]
 
 #: Keys per tile: fixed by the register layout described above.
 KEY_TILE = 64
+
+
+class Config(NamedTuple):
+    """Query rows per tile, warps, pipeline stages, and a cap on registers per thread (or None)."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Launch options for Triton."""
+        chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return chosen if self.max_registers is None else {**chosen, "maxnreg": self.max_registers}
 
 
 @triton.jit
