@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import interpreting, unit_last_stride
-from .common import KEY_TILE, Config, _key_of_column, _tile_gradients
+from .common import KEY_TILE, Config, _key_of_column, _tile_gradient, _tile_replay
 from .forward import _LOG2E, _row_bounds, _visible, bhn_strides, block_dim, forward_config
 
 __all__ = ["WORKSPACE_BYTES", "stick_backward"]
@@ -85,10 +85,11 @@ def _visit_for_dq(
     tl.store(rest_ptrs + cell, rest)
     tl.store(far_ptrs + cell, far)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias_log2
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if MASKED:
         x = tl.where(_visible(limit, keys, key_length, WINDOW, window), x, float("-inf"))
-    _, dz, factor, near = _tile_gradients(x, dp, rest, far, k.dtype, BLOCK_M, APPROX)
+    weights, beta, factor = _tile_replay(x, rest, k.dtype, BLOCK_M, APPROX)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # late: its registers come free late
+    dz, near = _tile_gradient(weights, beta, dp, far, BLOCK_M)
     acc = tl.dot(dz.to(k.dtype), k, acc, input_precision=PRECISION)
     if HAS_BIAS:
         dz_sum += tl.sum(dz, 1)
@@ -350,15 +351,16 @@ def _visit_for_dkv(
         q = q.to(tl.float32)
         do = do.to(tl.float32)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias_log2
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if MASKED:
         limit = offs_m + query_offset
         if ATTEND_CURRENT:
             limit += 1
         keys = tile * BLOCK_N + _key_of_column()
         x = tl.where(_visible(limit, keys, key_length, WINDOW, window), x, float("-inf"))
-    weights, dz, _, _ = _tile_gradients(x, dp, rest, far, k.dtype, BLOCK_M, APPROX)
-    dv = tl.dot(tl.trans(weights), do, dv, input_precision=PRECISION)
+    weights, beta, _ = _tile_replay(x, rest, k.dtype, BLOCK_M, APPROX)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # late: its registers come free late
+    dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
+    dz, _ = _tile_gradient(weights, beta, dp, far, BLOCK_M)
     dk = tl.dot(tl.trans(dz.to(k.dtype)), q, dk, input_precision=PRECISION)
     return dk, dv
 
