@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import KernelConfig, interpreting, unit_last_stride
-from .common import KEY_TILE, _key_of_column, _tile_gradients
+from ...._triton.launch import interpreting, unit_last_stride
+from .common import KEY_TILE, Config, _key_of_column, _tile_gradient, _tile_replay
 from .forward import _LOG2E, _row_bounds, _visible, bhn_strides, block_dim, forward_config
 
 __all__ = ["WORKSPACE_BYTES", "stick_backward"]
@@ -85,10 +85,11 @@ def _visit_for_dq(
     tl.store(rest_ptrs + cell, rest)
     tl.store(far_ptrs + cell, far)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias_log2
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if MASKED:
         x = tl.where(_visible(limit, keys, key_length, WINDOW, window), x, float("-inf"))
-    _, dz, factor, near = _tile_gradients(x, dp, rest, far, k.dtype, BLOCK_M, APPROX)
+    weights, beta, factor = _tile_replay(x, rest, k.dtype, BLOCK_M, APPROX)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # late: its registers come free late
+    dz, near = _tile_gradient(weights, beta, dp, far, BLOCK_M)
     acc = tl.dot(dz.to(k.dtype), k, acc, input_precision=PRECISION)
     if HAS_BIAS:
         dz_sum += tl.sum(dz, 1)
@@ -350,15 +351,16 @@ def _visit_for_dkv(
         q = q.to(tl.float32)
         do = do.to(tl.float32)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias_log2
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if MASKED:
         limit = offs_m + query_offset
         if ATTEND_CURRENT:
             limit += 1
         keys = tile * BLOCK_N + _key_of_column()
         x = tl.where(_visible(limit, keys, key_length, WINDOW, window), x, float("-inf"))
-    weights, dz, _, _ = _tile_gradients(x, dp, rest, far, k.dtype, BLOCK_M, APPROX)
-    dv = tl.dot(tl.trans(weights), do, dv, input_precision=PRECISION)
+    weights, beta, _ = _tile_replay(x, rest, k.dtype, BLOCK_M, APPROX)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # late: its registers come free late
+    dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
+    dz, _ = _tile_gradient(weights, beta, dp, far, BLOCK_M)
     dk = tl.dot(tl.trans(dz.to(k.dtype)), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -549,10 +551,12 @@ def plan_backward(
     return _Plan(first, growth, group, tuple(ranges), max(total(*r) for r in ranges))
 
 
-def backward_configs(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[KernelConfig, KernelConfig]:
+def backward_configs(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Config, Config]:
     """Launch configurations of the dq and the dkv kernel; they share block_m with the forward."""
-    forward = forward_config(dtype, head_dim, value_dim)
-    return forward, forward
+    block_m = forward_config(dtype, head_dim, value_dim).block_m
+    if interpreting() or dtype is torch.float32:
+        return Config(block_m, 4, 1), Config(block_m, 4, 1)
+    return Config(block_m, 8, 2), Config(block_m, 8, 2)
 
 
 def stick_backward(
@@ -578,7 +582,7 @@ def stick_backward(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
-    configs: tuple[KernelConfig, KernelConfig] | None = None,
+    configs: tuple[Config, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients (dq, dk, dv, dlogit_bias) of `stick_forward`, called with the same settings.
 
@@ -599,7 +603,7 @@ def stick_backward(
     group = heads // kv_heads
     head_dim, value_dim = q.shape[-1], v.shape[-1]
     dq_config, dkv_config = configs or backward_configs(q.dtype, head_dim, value_dim)
-    block_m, block_n = dq_config.block_m, dq_config.block_n
+    block_m, block_n = dq_config.block_m, KEY_TILE
     if packed:
         batch, n_q, n_k = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k
         num_rows = q.shape[0] // block_m + batch
@@ -644,7 +648,7 @@ def stick_backward(
         BLOCK_M=block_m, BLOCK_N=block_n, ATTEND_CURRENT=attend_current,
         WINDOW=window is not None, HAS_BIAS=logit_bias is not None,
         HAS_LENGTHS=key_lengths is not None, VARLEN=packed,
-        UPCAST=interpreted, PRECISION="ieee", APPROX=not interpreted,
+        UPCAST=interpreted, PRECISION="ieee" if interpreted else "tf32x3", APPROX=not interpreted,
     )  # fmt: skip
     tensors = (logit_bias, key_lengths, cu_seqlens_q, cu_seqlens_k)
     inputs = (*bhn_strides(q, packed), *bhn_strides(k, packed), *bhn_strides(v, packed))
@@ -662,7 +666,7 @@ def stick_backward(
                 *log_strides, *bhn_strides(dq, packed), stride_ws,
                 *scales, *problem, heads, group, num_m, batch, unit_lo, row_lo, row_hi, *cells,
                 RESIDUAL=residual is not None, HAS_GRAD_REST=grad_log_rest is not None, **shape,
-                num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
+                **dq_config.options(),
             )  # fmt: skip
             if listed:
                 _visitors_bwd_kernel[(num_n, count * per_unit)](
@@ -679,7 +683,7 @@ def stick_backward(
                 *scales, *problem, kv_heads, group, num_m, num_n, batch,
                 unit_lo, row_lo, row_hi, *cells, int(index > 0),
                 LISTED=listed, **shape,
-                num_warps=dkv_config.num_warps, num_stages=dkv_config.num_stages,
+                **dkv_config.options(),
             )  # fmt: skip
     if split:
         dk.copy_(dk_sum)

@@ -9,13 +9,29 @@ quad. K and V rows are gathered in that order by their loads; nothing else knows
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-__all__ = ["KEY_TILE"]
+__all__ = ["KEY_TILE", "Config"]
 
 #: Keys per tile: fixed by the register layout described above.
 KEY_TILE = 64
+
+
+class Config(NamedTuple):
+    """Query rows per tile, warps, pipeline stages, and a cap on registers per thread (or None)."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Launch options for Triton."""
+        chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return chosen if self.max_registers is None else {**chosen, "maxnreg": self.max_registers}
 
 
 @triton.jit
@@ -206,21 +222,17 @@ def _tile_weights(x, rest, BLOCK_M: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
-def _tile_gradients(x, dp, rest, far, dtype: tl.constexpr, BLOCK_M: tl.constexpr, APPROX: tl.constexpr):
-    """Weights of one tile and the gradient of its logits.
-
-    Let a = A (dO . v). With D the gradient mass at or beyond a key (dr r + sum of a over it and
-    everything farther), dz = a - sigmoid(z) D.
+def _tile_replay(x, rest, dtype: tl.constexpr, BLOCK_M: tl.constexpr, APPROX: tl.constexpr):
+    """Weights of one tile again, for the backward, with the sigmoids that it needs beside them.
 
     Args:
         x: (BLOCK_M, 64) base-2 logits, invisible keys -inf.
-        dp: (BLOCK_M, 64) dO V^T.
-        rest, far: (BLOCK_M,) stick and D that enter the tile.
-        dtype: what the forward rounded its weights to; a must use the same rounded weights, or
-            far keys see the difference (README "Backward").
+        rest: (BLOCK_M,) the stick that enters the tile.
+        dtype: what the forward rounded its weights to; the gradient must see the same rounded
+            weights, or far keys feel the difference (README "Backward").
 
     Returns:
-        weights in `dtype`, dz in float32, and what leaves the tile: stick factor, sum of a.
+        weights rounded to `dtype` but in float32, sigmoid(z), and the tile's stick factor.
     """
     e = _exp2(tl.minimum(x, 120.0), APPROX)
     u = _reciprocal(1.0 + e, APPROX)
@@ -248,7 +260,24 @@ def _tile_gradients(x, dp, rest, far, dtype: tl.constexpr, BLOCK_M: tl.constexpr
         r * c8, r * c9, r * c10, r * c11, r * c12, r * c13, r * c14, r * c15,
         BLOCK_M,
     )  # fmt: skip
-    weights = _round_to(beta * stick, dtype, APPROX)
+    return _round_to(beta * stick, dtype, APPROX), beta, factor
+
+
+@triton.jit
+def _tile_gradient(weights, beta, dp, far, BLOCK_M: tl.constexpr):
+    """Gradient of the logits of one tile.
+
+    Let a = A (dO . v). With D the gradient mass at or beyond a key (dr r + the sum of a over it
+    and everything farther), dz = a - sigmoid(z) D.
+
+    Args:
+        weights, beta: from `_tile_replay`.
+        dp: (BLOCK_M, 64) dO V^T.
+        far: (BLOCK_M,) the D that enters the tile.
+
+    Returns:
+        dz (BLOCK_M, 64) and the tile's sum of a.
+    """
     a = weights * dp
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15 = _split16(a, BLOCK_M)
     s2 = a0 + a1
@@ -274,4 +303,4 @@ def _tile_gradients(x, dp, rest, far, dtype: tl.constexpr, BLOCK_M: tl.constexpr
         BLOCK_M,
     )  # fmt: skip
     dz = a - beta * beyond
-    return weights.to(dtype), dz, factor, near
+    return dz, near

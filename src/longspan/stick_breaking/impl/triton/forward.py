@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import KernelConfig, interpreting, unit_last_stride
-from .common import KEY_TILE, _exp2, _key_of_column, _log2, _tile_weights
+from ...._triton.launch import interpreting, unit_last_stride
+from .common import KEY_TILE, Config, _exp2, _key_of_column, _log2, _tile_weights
 
 __all__ = ["StickForward", "forward_config", "stick_forward"]
 
@@ -263,16 +263,18 @@ class StickForward(NamedTuple):
     visited: Tensor
 
 
-def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> KernelConfig:
+def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
     """Tile sizes, warps and stages for one problem; pinned where kernels are interpreted."""
     if interpreting():
-        return KernelConfig(32, KEY_TILE, 4, 1)
+        return Config(32, 4, 1)
     wide = max(head_dim, value_dim)
     if dtype is torch.float32:
-        return KernelConfig(64, KEY_TILE, 8, 1) if wide > 64 else KernelConfig(64, KEY_TILE, 4, 1)
+        return Config(64, 4, 1)
     if wide > 128:
-        return KernelConfig(64, KEY_TILE, 8, 2)
-    return KernelConfig(128, KEY_TILE, 8, 2)
+        return Config(64, 8, 2)
+    if wide > 64:
+        return Config(128, 8, 2)
+    return Config(128, 8, 2, 128)
 
 
 def block_dim(dim: int) -> int:
@@ -297,7 +299,7 @@ def stick_forward(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     need_grad: bool,
-    config: KernelConfig | None = None,
+    config: Config | None = None,
 ) -> StickForward:
     """Stick-breaking attention of every query over the keys before it.
 
@@ -342,12 +344,12 @@ def stick_forward(
         scale * _LOG2E, n_q, n_k, query_offset, window or 0, early_stop or 0.0,
         heads, heads // kv_heads, num_m,
         D=head_dim, DV=value_dim, BLOCK_D=block_dim(head_dim), BLOCK_DV=block_dim(value_dim),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, TILES_PER_CHECK=_TILES_PER_CHECK,
+        BLOCK_M=config.block_m, BLOCK_N=KEY_TILE, TILES_PER_CHECK=_TILES_PER_CHECK,
         ATTEND_CURRENT=attend_current, WINDOW=window is not None, HAS_BIAS=logit_bias is not None,
         HAS_LENGTHS=key_lengths is not None, VARLEN=packed, EARLY_STOP=early_stop is not None,
         RESIDUAL=residual is not None, UPCAST=interpreted,
-        PRECISION="ieee", APPROX=not interpreted,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        PRECISION="ieee" if interpreted else "tf32x3", APPROX=not interpreted,
+        **config.options(),
     )  # fmt: skip
     return StickForward(output, result, residual, visited)
 
