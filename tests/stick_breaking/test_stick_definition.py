@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan import StickBreakingConfig, stick_breaking_attention_with_remainder
-from longspan.stick_breaking.impl.reference import stick_breaking_weights
 from longspan._validation import validate
+from longspan.stick_breaking.impl.reference import stick_breaking_weights
 from longspan.testing import make_qkv, stick_breaking_oracle
 
 RULES = [

@@ -10,10 +10,10 @@ from torch import Tensor
 from .._select import choose_impl
 from .._triton.launch import triton_refusal
 from .._validation import Call, VarlenCall, validate, validate_varlen
-from ..errors import ShapeError, UnsupportedError
+from ..errors import ShapeError
 from ..types import Impl, ImplReport
+from .call import NO_GATE_GRADIENT, NOT_CAUSAL, check_call, needs_grad, run_call
 from .config import StickBreakingConfig
-from .impl.common import Settings, wide_dtype
 from .remainder import give_to_own_value, give_to_own_value_packed
 
 __all__ = [
@@ -177,7 +177,7 @@ def stick_breaking_attention_with_remainder(
         query_offset=query_offset,
         key_lengths=key_lengths,
     )
-    bias = _check(_NAME, call, config, logit_bias)
+    bias = check_call(_NAME, call, config, logit_bias)
     chosen = choose_impl(_NAME, impl, implementations(call, config))
     n_q, n_k = call.query.shape[2], call.key.shape[2]
     if config.remainder == "value" and not 0 <= call.query_offset <= n_k - n_q:
@@ -192,7 +192,7 @@ def stick_breaking_attention_with_remainder(
 
         output, log_rest = stick_breaking_reference(call, config, bias)
     else:
-        output, log_rest = _run(call, config, bias, chosen)
+        output, log_rest, _ = run_call(call, config, bias, chosen)
     if config.remainder == "value":
         output = give_to_own_value(output, log_rest, call)
     return StickBreakingOutput(output, log_rest)
@@ -251,9 +251,9 @@ def stick_breaking_attention_varlen(
         scale=scale,
         enable_gqa=enable_gqa,
     )
-    bias = _check(name, call, config, logit_bias)
+    bias = check_call(name, call, config, logit_bias)
     chosen = choose_impl(name, impl, implementations(call, config))
-    output, log_rest = _run(call, config, bias, chosen)
+    output, log_rest, _ = run_call(call, config, bias, chosen)
     if config.remainder == "value":
         output = give_to_own_value_packed(output, log_rest, call)
     return output
@@ -263,9 +263,9 @@ def implementations(call: Call | VarlenCall, config: StickBreakingConfig) -> tup
     """For each implementation, preferred first, whether it can run this call."""
     everywhere = None
     if not call.is_causal:
-        everywhere = _NOT_CAUSAL
-    elif config.gate_threshold is not None and _needs_grad(call):
-        everywhere = _NO_GATE_GRADIENT
+        everywhere = NOT_CAUSAL
+    elif config.gate_threshold is not None and needs_grad(call):
+        everywhere = NO_GATE_GRADIENT
     triton = triton_refusal(call.query)
     if triton is None and config.gate_threshold is not None:
         triton = "gate_threshold is not in the Triton kernels"
@@ -292,75 +292,3 @@ def visited_fraction(
         return 1.0
     inside = visible - (limit - config.window).clamp(0, n_k)
     return float(inside.sum()) / float(visible.sum())
-
-
-_NOT_CAUSAL = (
-    "is_causal is False, but stick-breaking is causal by definition: keys are visited from the "
-    "query backwards. Pass is_causal=True"
-)
-_NO_GATE_GRADIENT = (
-    "gate_threshold is for inference, because zeroed gates have no useful gradient. Call under "
-    "torch.no_grad() or set gate_threshold=None"
-)
-
-
-def _check(
-    name: str, call: Call | VarlenCall, config: StickBreakingConfig, logit_bias: Tensor | None
-) -> Tensor | None:
-    """Refuse what no implementation can honour; the bias in the dtype that is computed in."""
-    if not call.is_causal:
-        raise UnsupportedError(f"{name}: {_NOT_CAUSAL}.")
-    if config.gate_threshold is not None and _needs_grad(call, logit_bias):
-        raise UnsupportedError(f"{name}: {_NO_GATE_GRADIENT}.")
-    if logit_bias is None:
-        return None
-    heads = call.query.shape[1]
-    if not isinstance(logit_bias, Tensor) or tuple(logit_bias.shape) != (heads,):
-        got = tuple(logit_bias.shape) if isinstance(logit_bias, Tensor) else repr(logit_bias)
-        raise ShapeError(
-            f"{name}: logit_bias is {got}; it must be a tensor of shape ({heads},), one number "
-            "per query head. Use torch.full((H,), value) for the same bias everywhere."
-        )
-    if not logit_bias.is_floating_point() or logit_bias.device != call.query.device:
-        raise ShapeError(
-            f"{name}: logit_bias is {logit_bias.dtype} on {logit_bias.device}; it must be floating "
-            f"point on {call.query.device}. Cast or move it."
-        )
-    return logit_bias.to(wide_dtype(call.query.dtype))
-
-
-def _needs_grad(call: Call | VarlenCall, logit_bias: Tensor | None = None) -> bool:
-    tensors = (call.query, call.key, call.value, logit_bias)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _run(
-    call: Call | VarlenCall, config: StickBreakingConfig, bias: Tensor | None, impl: Impl
-) -> tuple[Tensor, Tensor]:
-    from .ops import stick_breaking_fwd
-
-    settings = _settings(call, config, bias)
-    output, log_rest, _, _ = stick_breaking_fwd(
-        call.query, call.key, call.value, *settings, _needs_grad(call, bias), impl.value
-    )
-    return output, log_rest
-
-
-def _settings(
-    call: Call | VarlenCall, config: StickBreakingConfig, bias: Tensor | None
-) -> Settings:
-    packed = isinstance(call, VarlenCall)
-    return Settings(
-        logit_bias=bias,
-        key_lengths=None if packed else call.key_lengths,
-        cu_seqlens_q=call.cu_seqlens_q if packed else None,
-        cu_seqlens_k=call.cu_seqlens_k if packed else None,
-        max_seqlen_q=call.max_seqlen_q if packed else call.query.shape[2],
-        max_seqlen_k=call.max_seqlen_k if packed else call.key.shape[2],
-        scale=call.scale,
-        query_offset=0 if packed else call.query_offset,
-        attend_current=config.attend_current,
-        window=config.window,
-        early_stop=config.early_stop,
-        gate_threshold=config.gate_threshold,
-    )

@@ -58,7 +58,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *fields, need_grad, impl = rest
     settings = Settings(*fields)
-    packed = settings.cu_seqlens_q is not None
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     log_rest = query.new_empty(query.shape[:-1], dtype=wide_dtype(query.dtype))
     if impl == "triton":
@@ -101,7 +100,15 @@ def stick_breaking_bwd(
     settings = Settings(*fields)
     if impl == "triton":
         return _triton_backward(
-            (grad_output, grad_log_rest, query, key, value, output, residual, log_rest, visited),
+            grad_output,
+            grad_log_rest,
+            query,
+            key,
+            value,
+            output,
+            residual,
+            log_rest,
+            visited,
             settings,
         )
     if settings.cu_seqlens_q is not None:
@@ -168,28 +175,55 @@ stick_breaking_fwd.register_autograd(_backward, setup_context=_setup_context)
 def _triton_forward(
     query: Tensor, key: Tensor, value: Tensor, settings: Settings, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .impl.triton.forward import stick_forward
+    from .impl.triton.decode import MAX_ROWS, stick_decode
+    from .impl.triton.forward import forward_config, stick_forward
 
-    part = stick_forward(query, key, value, need_grad=need_grad, **_kernel_settings(settings))
+    named = _kernel_settings(settings)
+    if settings.cu_seqlens_q is None and not need_grad:
+        rows = query.shape[1] // max(key.shape[1], 1) * query.shape[2]
+        block = forward_config(query.dtype, query.shape[-1], value.shape[-1]).block_m
+        if 0 < rows <= MAX_ROWS and query.shape[2] <= block:
+            dense = {name: named[name] for name in named if "seqlen" not in name}
+            output, log_rest, visited = stick_decode(query, key, value, **dense)
+            return output, log_rest, query.new_empty(0), visited
+    part = stick_forward(query, key, value, need_grad=need_grad, **named)
     residual = query.new_empty(0) if part.residual is None else part.residual
     return part.output, part.log_rest.contiguous(), residual, part.visited
 
 
 def _triton_backward(
-    tensors: tuple[Tensor, ...], settings: Settings
+    grad_output: Tensor,
+    grad_log_rest: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    residual: Tensor,
+    log_rest: Tensor,
+    visited: Tensor,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .impl.triton.backward import stick_backward
 
-    *lead, residual, log_rest, visited = tensors
-    low = residual if residual.numel() else None
-    dq, dk, dv, dbias = stick_backward(*lead, low, log_rest, visited, **_kernel_settings(settings))
-    return dq, dk, dv, lead[2].new_empty(0) if dbias is None else dbias
+    dq, dk, dv, dbias = stick_backward(
+        grad_output,
+        grad_log_rest,
+        query,
+        key,
+        value,
+        output,
+        residual if residual.numel() else None,
+        log_rest,
+        visited,
+        **_kernel_settings(settings),
+    )
+    return dq, dk, dv, query.new_empty(0) if dbias is None else dbias
 
 
 def _triton_scratch(
     query: Tensor, value: Tensor, output: Tensor, need_grad: bool
 ) -> tuple[int, Tensor]:
-    """Query block of the forward kernel, and the shape of its residual."""
+    """Query block of the forward kernel, and a tensor like its residual."""
     from .impl.triton.forward import forward_config
 
     has_residual = need_grad and query.dtype is not torch.float32

@@ -189,8 +189,9 @@ def stick_breaking_attention_chunk(
 
     Example:
         >>> q = torch.randn(1, 2, 6, 16)
-        >>> first = stick_breaking_attention_chunk(q[:, :, :5], q[:, :, :5], q[:, :, :5])
-        >>> last = stick_breaking_attention_chunk(q[:, :, 5:], q[:, :, 5:], q[:, :, 5:], first.state)
+        >>> a, b = q[:, :, :5], q[:, :, 5:]
+        >>> first = stick_breaking_attention_chunk(a, a, a)
+        >>> last = stick_breaking_attention_chunk(b, b, b, first.state)
         >>> torch.allclose(last.output, stick_breaking_attention(q, q, q)[:, :, 5:], atol=1e-6)
         True
     """

@@ -13,7 +13,8 @@ from .._select import choose_impl
 from .._validation import validate
 from ..errors import ConfigError
 from ..types import Impl
-from .api import _check, _settings, implementations
+from .api import implementations
+from .call import check_call, run_call, settings_of
 from .config import StickBreakingConfig
 from .impl.common import Settings
 from .impl.tiles import log_sticks
@@ -117,13 +118,11 @@ def stick_breaking_attention_stats(
             query_offset=query_offset,
             key_lengths=key_lengths,
         )
-        settings = _settings(call, config, _check(name, call, config, logit_bias))
+        bias = check_call(name, call, config, logit_bias)
         reports = [r for r in implementations(call, config) if r.impl is not Impl.REFERENCE]
         chosen = choose_impl(name, impl, reports)
-        from .ops import stick_breaking_fwd
-
-        tensors = (call.query, call.key, call.value)
-        _, _, _, visited = stick_breaking_fwd(*tensors, *settings, False, chosen.value)
+        _, _, visited = run_call(call, config, bias, chosen)
+        tensors, settings = (call.query, call.key, call.value), settings_of(call, config, bias)
         query_block, key_block = _tile_size(chosen, *tensors)
         total = _total_tiles(settings, visited.shape[-1], query_block, key_block, *tensors[:2])
         spans, is_spent = _spans(*tensors, settings, tuple(thresholds))
@@ -175,10 +174,11 @@ def _spans(
 
 def _tile_size(impl: Impl, query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int]:
     if impl is Impl.TRITON:
+        from .impl.triton.common import KEY_TILE
         from .impl.triton.forward import forward_config
 
         config = forward_config(query.dtype, query.shape[-1], value.shape[-1])
-        return config.block_m, config.block_n
+        return config.block_m, KEY_TILE
     from .impl.walk import QUERY_BLOCK, key_chunk
 
     return QUERY_BLOCK, key_chunk(query.shape[2])

@@ -1,4 +1,4 @@
-"""Arithmetic of one tile of scores: (u, g, rows, keys), keys ascending, so that the last is nearest."""
+"""Arithmetic of one tile of scores (u, g, rows, keys); keys ascend: the last is the nearest."""
 
 from __future__ import annotations
 
