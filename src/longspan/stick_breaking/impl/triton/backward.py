@@ -242,7 +242,10 @@ def _visitors_bwd_kernel(
     ATTEND_CURRENT: tl.constexpr, WINDOW: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """For one key tile of one query head: the unmasked query tiles that visited it, compacted."""
+    """For one key tile of one query head: which query tiles beyond the diagonal visited it.
+
+    Compacted, those that need no mask first; the two counts are stored beside the list.
+    """
     tile = tl.program_id(0)
     unit = tl.program_id(1)
     q_row = tl.cast(0, tl.int64)
@@ -260,24 +263,27 @@ def _visitors_bwd_kernel(
     key_length = n_k
     if HAS_LENGTHS:
         key_length = min(tl.load(key_lengths_ptr + b), n_k)
-    _, m_full, _, m_stop = _column_bounds(
+    _, m_full, m_stop, m_last = _column_bounds(
         tile, n_q, key_length, query_offset, m_begin, m_end, ATTEND_CURRENT, WINDOW, window,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
     position = tl.cast(0, tl.int32)
     out = list_ptr + (unit.to(tl.int64) * num_n + tile) * num_m
-    for start in range(0, num_m, BLOCK_R):
-        m = start + tl.arange(0, BLOCK_R)
-        last = tl.minimum(m * BLOCK_M + BLOCK_M, n_q) - 1 + query_offset
-        if ATTEND_CURRENT:
-            last += 1
-        end = tl.maximum(tl.minimum(last, key_length), 0)
-        visited = tl.load(visited_ptr + (b * H + h) * num_m + m, mask=m < num_m, other=0)
-        came = (m >= m_full) & (m < m_stop) & ((end + BLOCK_N - 1) // BLOCK_N - visited <= tile)
-        came_int = came.to(tl.int32)
-        tl.store(out + position + tl.cumsum(came_int, 0) - came_int, m, mask=came)
-        position += tl.sum(came_int, 0)
-    tl.store(count_ptr + unit * num_n + tile, position)
+    for part in tl.static_range(2):
+        low, high = (m_full, m_stop) if part == 0 else (m_stop, m_last)
+        before = position
+        for start in range(0, num_m, BLOCK_R):
+            m = start + tl.arange(0, BLOCK_R)
+            last = tl.minimum(m * BLOCK_M + BLOCK_M, n_q) - 1 + query_offset
+            if ATTEND_CURRENT:
+                last += 1
+            end = tl.maximum(tl.minimum(last, key_length), 0)
+            visited = tl.load(visited_ptr + (b * H + h) * num_m + m, mask=m < num_m, other=0)
+            came = (m >= low) & (m < high) & ((end + BLOCK_N - 1) // BLOCK_N - visited <= tile)
+            came = came.to(tl.int32)
+            tl.store(out + position + tl.cumsum(came, 0) - came, m, mask=came > 0)
+            position += tl.sum(came, 0)
+        tl.store(count_ptr + (unit * num_n + tile) * 2 + part, position - before)
 
 
 @triton.jit
@@ -286,7 +292,10 @@ def _column_bounds(
     ATTEND_CURRENT: tl.constexpr, WINDOW: tl.constexpr, window,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Query tiles that see a key tile: [first, full) masked, [full, stop) whole, [stop, end) masked."""
+    """Query tiles that see a key tile: [first, full) masked, [full, stop) whole, [stop, end) masked.
+
+    Masked at the end are the edge of a window and a last query tile that is not full.
+    """
     shift = query_offset
     if ATTEND_CURRENT:
         shift += 1
@@ -302,11 +311,11 @@ def _column_bounds(
     if (key >= key_length) | (key - shift + 1 >= n_q):  # no row sees this tile
         m_end = m_begin
     end = m_end
-    stop = m_end
+    stop = tl.minimum(m_end, n_q // BLOCK_M)
     if WINDOW:
         # and if i >= j + shift - window
         end = tl.minimum(end, tl.maximum(key + BLOCK_N - 1 + window - shift + BLOCK_M, 0) // BLOCK_M)
-        stop = tl.maximum(key + window - shift + 1, 0) // BLOCK_M
+        stop = tl.minimum(stop, tl.maximum(key + window - shift + 1, 0) // BLOCK_M)
     first = tl.minimum(tl.maximum(first, m_begin), end)
     full = tl.minimum(tl.maximum(full, first), end)
     stop = tl.minimum(tl.maximum(stop, full), end)
@@ -327,20 +336,21 @@ def _visit_for_dkv(
     inside = tl.arange(0, BLOCK_M)
     offs_m = m * BLOCK_M + inside
     mask_m = offs_m < n_q
-    mask_q, mask_do = mask_m[:, None], mask_m[:, None]
-    if PAD_D:
-        mask_q = mask_q & (offs_d < D)[None, :]
-    if PAD_DV:
-        mask_do = mask_do & (offs_dv < DV)[None, :]
     first_row = (m * BLOCK_M).to(tl.int64)
-    q = tl.load(
-        q_base + first_row * stride_qn + (inside[:, None] * stride_qn + offs_d[None, :]),
-        mask=mask_q, other=0.0,
-    )  # fmt: skip
-    do = tl.load(
-        do_base + first_row * stride_don + (inside[:, None] * stride_don + offs_dv[None, :]),
-        mask=mask_do, other=0.0,
-    )  # fmt: skip
+    q_ptrs = q_base + first_row * stride_qn + (inside[:, None] * stride_qn + offs_d[None, :])
+    do_ptrs = do_base + first_row * stride_don + (inside[:, None] * stride_don + offs_dv[None, :])
+    if MASKED:
+        q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
+        do = tl.load(do_ptrs, mask=mask_m[:, None] & (offs_dv < DV)[None, :], other=0.0)
+    else:
+        if PAD_D:
+            q = tl.load(q_ptrs, mask=(offs_d < D)[None, :], other=0.0)
+        else:
+            q = tl.load(q_ptrs)
+        if PAD_DV:
+            do = tl.load(do_ptrs, mask=(offs_dv < DV)[None, :], other=0.0)
+        else:
+            do = tl.load(do_ptrs)
     key_cell = tile
     if WINDOW:
         key_cell = tile - _window_start(m, query_offset, window, ATTEND_CURRENT, BLOCK_M, BLOCK_N)
@@ -358,8 +368,8 @@ def _visit_for_dkv(
         keys = tile * BLOCK_N + _key_of_column()
         x = tl.where(_visible(limit, keys, key_length, WINDOW, window), x, float("-inf"))
     weights, beta, _ = _tile_replay(x, rest, k.dtype, BLOCK_M, APPROX)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # late: its registers come free late
     dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # late: its registers come free late
     dz, _ = _tile_gradient(weights, beta, dp, far, BLOCK_M)
     dk = tl.dot(tl.trans(dz.to(k.dtype)), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -447,44 +457,36 @@ def _stick_breaking_dkv_bwd_kernel(
             unit_list = unit_ws
         ws_rest = ws_rest_ptr + unit_ws.to(tl.int64) * stride_ws
         ws_far = ws_far_ptr + unit_ws.to(tl.int64) * stride_ws
-        for i in tl.range(0, full - first):
-            dk, dv = _visit_for_dkv(
-                dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far,
-                first_tile, row_lo, cells_first, cells_growth, first + i, tile, n_q, key_length,
-                query_offset, window, scale_log2, bias_log2, offs_d, offs_dv,
-                True, WINDOW, ATTEND_CURRENT, D, DV, PAD_D, PAD_DV, BLOCK_M, BLOCK_N,
-                UPCAST, PRECISION, APPROX,
-            )  # fmt: skip
+        whole, edge = stop - full, end - stop
+        list_base = list_ptr
         if LISTED:
-            list_base = list_ptr + (unit_list.to(tl.int64) * num_n + tile) * num_m
-            count = tl.load(count_ptr + unit_list * num_n + tile)
-            for i in tl.range(0, count):
+            list_base += (unit_list.to(tl.int64) * num_n + tile) * num_m
+            whole = tl.load(count_ptr + (unit_list * num_n + tile) * 2)
+            edge = tl.load(count_ptr + (unit_list * num_n + tile) * 2 + 1)
+        diagonal = full - first
+        for i in tl.range(0, diagonal + edge):
+            m = first + i
+            if LISTED:
+                m = tl.load(list_base + whole + i - diagonal, mask=i >= diagonal, other=m)
+            else:
+                m = tl.where(i < diagonal, m, stop + i - diagonal)
+            dk, dv = _visit_for_dkv(
+                dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far, first_tile,
+                row_lo, cells_first, cells_growth, m, tile, n_q, key_length, query_offset, window,
+                scale_log2, bias_log2, offs_d, offs_dv, True, WINDOW, ATTEND_CURRENT, D, DV,
+                PAD_D, PAD_DV, BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
+            )  # fmt: skip
+        for i in tl.range(0, whole):
+            if LISTED:
                 m = tl.load(list_base + i)
-                dk, dv = _visit_for_dkv(
-                    dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far,
-                    first_tile, row_lo, cells_first, cells_growth, m, tile, n_q, key_length,
-                    query_offset, window, scale_log2, bias_log2, offs_d, offs_dv,
-                    WINDOW, WINDOW, ATTEND_CURRENT, D, DV, PAD_D, PAD_DV, BLOCK_M, BLOCK_N,
-                    UPCAST, PRECISION, APPROX,
-                )  # fmt: skip
-        else:
-            for i in tl.range(0, stop - full):
-                dk, dv = _visit_for_dkv(
-                    dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far,
-                    first_tile, row_lo, cells_first, cells_growth, full + i, tile, n_q, key_length,
-                    query_offset, window, scale_log2, bias_log2, offs_d, offs_dv,
-                    False, WINDOW, ATTEND_CURRENT, D, DV, PAD_D, PAD_DV, BLOCK_M, BLOCK_N,
-                    UPCAST, PRECISION, APPROX,
-                )  # fmt: skip
-            if WINDOW:
-                for i in tl.range(0, end - stop):
-                    dk, dv = _visit_for_dkv(
-                        dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far,
-                        first_tile, row_lo, cells_first, cells_growth, stop + i, tile, n_q, key_length,
-                        query_offset, window, scale_log2, bias_log2, offs_d, offs_dv,
-                        True, WINDOW, ATTEND_CURRENT, D, DV, PAD_D, PAD_DV, BLOCK_M, BLOCK_N,
-                        UPCAST, PRECISION, APPROX,
-                    )  # fmt: skip
+            else:
+                m = full + i
+            dk, dv = _visit_for_dkv(
+                dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far, first_tile,
+                row_lo, cells_first, cells_growth, m, tile, n_q, key_length, query_offset, window,
+                scale_log2, bias_log2, offs_d, offs_dv, False, WINDOW, ATTEND_CURRENT, D, DV,
+                PAD_D, PAD_DV, BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
+            )  # fmt: skip
 
     dk = dk * scale
     dk_ptrs = dk_ptr + b64 * stride_dkb + h_kv64 * stride_dkh + key_rows * stride_dkn + offs_d[None, :]
@@ -637,7 +639,7 @@ def stick_backward(
     visitors = counts = None
     if listed:
         visitors = torch.empty((plan.units * per_unit, num_n, num_m), dtype=torch.int32, device=q.device)
-        counts = torch.empty((plan.units * per_unit, num_n), dtype=torch.int32, device=q.device)
+        counts = torch.empty((plan.units * per_unit, num_n, 2), dtype=torch.int32, device=q.device)
     log_strides = (0, 0, 0)
     if grad_log_rest is not None:
         grad_log_rest = grad_log_rest.to(torch.float32)

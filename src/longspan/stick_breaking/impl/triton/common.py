@@ -87,6 +87,20 @@ def _round_to(x, dtype: tl.constexpr, APPROX: tl.constexpr):
             """,
             "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
+    elif APPROX and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 pair;
+            .reg .b16 low, high;
+            cvt.rn.f16x2.f32 pair, $3, $2;
+            mov.b32 {low, high}, pair;
+            cvt.f32.f16 $0, low;
+            cvt.f32.f16 $1, high;
+            }
+            """,
+            "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         return x.to(dtype).to(tl.float32)
 
