@@ -424,13 +424,14 @@ def _stick_breaking_dkv_bwd_kernel(
     mask_kd = mask_n[:, None] & (offs_d < D)[None, :]
     mask_kv = mask_n[:, None] & (offs_dv < DV)[None, :]
     key_rows = (k_row + keys)[:, None].to(tl.int64)
+    valid = (keys < key_length)[:, None]  # padding may hold NaN, and 0 * NaN is NaN
     k = tl.load(
         k_ptr + b64 * stride_kb + h_kv64 * stride_kh + key_rows * stride_kn + offs_d[None, :],
-        mask=mask_kd, other=0.0,
+        mask=mask_kd & valid, other=0.0,
     )  # fmt: skip
     v = tl.load(
         v_ptr + b64 * stride_vb + h_kv64 * stride_vh + key_rows * stride_vn + offs_dv[None, :],
-        mask=mask_kv, other=0.0,
+        mask=mask_kv & valid, other=0.0,
     )  # fmt: skip
     if UPCAST:
         k = k.to(tl.float32)
