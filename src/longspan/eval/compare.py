@@ -11,9 +11,9 @@ import contextlib
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .. import __version__
 from ..errors import ConfigError, LongspanError
 from ..mechanisms import get_mechanism
 from .compare_plan import Candidate, sliding_share
+from .jobs import Listener, SilentListener, Subject, patched_model
 from .memory import PeakMemory
 from .perplexity import exp_or_inf
 from .rows import RowFile, provenance, settings_key
@@ -35,44 +36,10 @@ from .scoring import (
 )
 from .statistics import bucket_edges, bucket_means, standard_error
 
-__all__ = ["Listener", "Subject", "compare"]
+__all__ = ["compare"]
 
 _NUM_BUCKETS = 32
 _PREFILL_SHARE = 0.75  # of the work of one line, for progress; the rest is scoring
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """The model and the tokens that are compared on, with what the rows say about them.
-
-    model: causal language model of transformers. tokens: ids, length N.
-    facts: flat values that identify model and text, e.g. model name and text sha256.
-    """
-
-    model: Any
-    tokens: Sequence[int]
-    facts: Mapping[str, Any]
-
-
-class Listener(Protocol):
-    """Told about the progress of a comparison."""
-
-    def begin(self, label: str) -> None:
-        """A line of the comparison begins."""
-
-    def advance(self, share: float) -> None:
-        """This share of the line's work was done."""
-
-    def finish(self, label: str, row: Mapping[str, Any] | None, note: str) -> None:
-        """The line is done: a new row, an old row (`note` "kept"), or None and the reason."""
-
-
-class _Silent:
-    def begin(self, label: str) -> None: ...
-
-    def advance(self, share: float) -> None: ...
-
-    def finish(self, label: str, row: Mapping[str, Any] | None, note: str) -> None: ...
 
 
 def compare(
@@ -109,7 +76,7 @@ def compare(
         visited_fraction averages over layers, patched or not; a sliding layer counts its window.
         loss_change_error is the standard error of the mean change over stretches of positions.
     """
-    run = _Run(subject, layers, rows, listener or _Silent())
+    run = _Run(subject, layers, rows, listener or SilentListener())
     results: dict[str, dict[str, Any]] = {}
     todo = []
     for candidate in candidates:
@@ -149,6 +116,7 @@ class _Run:
                 "predict). Pass a longer text or a larger --length."
             )
         self.model = subject.model
+        self.notes = subject.notes
         self.split = SplitModel(subject.model)
         self.ids = as_input_ids(subject.tokens, self.split.device)
         check_token_ids(self.ids, self.split.vocabulary)
@@ -179,16 +147,8 @@ class _Run:
     def key(self, candidate: Candidate) -> str:
         return settings_key(self.settings(candidate))
 
-    @contextlib.contextmanager
-    def patched(self, candidate: Candidate) -> Iterator[Any]:
-        """The model under this candidate's attention; yields the report of the patch, or None."""
-        if candidate.config is None:
-            yield None
-            return
-        from ..hf import patch
-
-        with patch(self.model, candidate.config, layers=self.layers) as report:
-            yield report
+    def patched(self, candidate: Candidate) -> contextlib.AbstractContextManager[Any]:
+        return patched_model(self.model, candidate, self.layers)
 
     def try_out(self, todo: Sequence[Candidate], *, skip_refused: bool) -> list[Candidate]:
         """Run each candidate on a few tokens: warms it up, and refuses before hours are spent."""
@@ -269,6 +229,7 @@ class _Run:
             "peak_bytes": result.peak_bytes,
             "peak_method": result.peak_method,
             **self._visits(candidate, result),
+            **self.notes,
             **provenance(),
         }
         self.rows.append(row)

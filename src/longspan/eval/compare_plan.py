@@ -10,7 +10,13 @@ from typing import Any
 from ..errors import ConfigError
 from ..mechanisms import MECHANISMS, mechanism_of_config
 
-__all__ = ["COMPARE_DEFAULTS", "Candidate", "default_attentions", "plan_candidates", "sliding_share"]
+__all__ = [
+    "COMPARE_DEFAULTS",
+    "Candidate",
+    "default_attentions",
+    "plan_candidates",
+    "sliding_share",
+]
 
 # Settings that a comparison shows when none are asked for, as a function of the length: mechanism
 # name -> specs. A mechanism that is not listed is shown once, with the defaults of its config.

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from .scoring import Progress, SplitModel, as_input_ids, token_losses
 from .statistics import bucket_edges
 
-__all__ = ["PerplexityResult", "Window", "plan_windows", "perplexity"]
+__all__ = ["PerplexityResult", "Window", "perplexity", "plan_windows"]
 
 
 class Window(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -42,7 +43,7 @@ def bucket_edges(start: int, stop: int, num_buckets: int) -> list[int]:
 def bucket_means(values: Sequence[float], positions_from: int, edges: Sequence[int]) -> list[float]:
     """Mean of `values` (their first at position `positions_from`) in each stretch of `edges`."""
     means = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         part = values[low - positions_from : high - positions_from]
         means.append(math.fsum(part) / len(part) if part else math.nan)
     return means

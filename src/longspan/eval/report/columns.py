@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .numbers import (
+    MISSING,
     bytes_text,
     change_text,
     count_text,
     percent_text,
+    ratio_text,
     seconds_text,
     value_text,
 )
@@ -31,12 +33,12 @@ class Column:
 
 def _loss_change(row: Row) -> str:
     if row["mechanism"] == "exact" and not row["config"]:
-        return "–"
+        return MISSING
     return change_text(row["perplexity_ratio"] - 1)
 
 
 def _ratio(row: Row) -> str:
-    return f"{value_text(row['prefill_ratio'], 2)}×"
+    return ratio_text(row["prefill_ratio"])
 
 
 def _prefill(row: Row) -> str:
@@ -79,7 +81,7 @@ COLUMNS = (
         "projection.",
     ),
     Column(
-        heading="× exact",
+        heading="\u00d7 exact",
         cell=_ratio,
         meaning="prefill time over that of exact attention in the same run; below 1 is faster.",
     ),
@@ -105,5 +107,5 @@ def headline(rows: Sequence[Row]) -> str:
         f"{where}, {best['label']} stays closest to exact attention: perplexity "
         f"{value_text(best['perplexity'], 4)} against {value_text(exact['perplexity'], 4)} "
         f"({change_text(best['perplexity_ratio'] - 1)}), {percent_text(best['visited_fraction'])} "
-        f"of the scores, {value_text(best['prefill_ratio'], 2)}× the prefill time."
+        f"of the scores, {ratio_text(best['prefill_ratio'])} the prefill time."
     )

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["bytes_text", "change_text", "count_text", "percent_text", "seconds_text", "value_text"]
+__all__ = [
+    "MISSING",
+    "bytes_text",
+    "change_text",
+    "count_text",
+    "percent_text",
+    "ratio_text",
+    "seconds_text",
+    "signed_text",
+    "value_text",
+]
 
-MISSING = "–"
+MISSING = "\u2013"  # en dash
+_MINUS = "\u2212"
+_TIMES = "\u00d7"
 
 
 def value_text(value: float | None, digits: int = 3) -> str:
@@ -34,7 +46,7 @@ def change_text(share: float | None) -> str:
     if abs(percent) < 0.005:
         return "0\u00a0%"
     digits = 2 if abs(percent) < 1 else 1 if abs(percent) < 100 else 0
-    sign = "+" if percent > 0 else "−"
+    sign = "+" if percent > 0 else _MINUS
     return f"{sign}{abs(percent):,.{digits}f}\u00a0%"
 
 
@@ -67,13 +79,19 @@ def bytes_text(count: float | None) -> str:
     """A size in binary units."""
     if count is None or math.isnan(count):
         return MISSING
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{value_text(count)}\u00a0{unit}"
+    power = min(4, int(math.log2(abs(count)) / 10)) if count else 0
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{value_text(count / 1024**power)}\u00a0{unit}"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """A ratio to exact attention, two digits."""
+    return MISSING if ratio is None else f"{value_text(ratio, 2)}{_TIMES}"
+
+
+def signed_text(value: float) -> str:
+    """A signed quantity, two digits."""
+    return f"{'+' if value >= 0 else _MINUS}{value_text(abs(value), 2)}"
 
 
 def count_text(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ...errors import ConfigError
 from .columns import COLUMNS, headline
-from .numbers import bytes_text, count_text, seconds_text, value_text
+from .numbers import bytes_text, count_text, ratio_text, seconds_text, signed_text, value_text
 from .svg import NUM_COLOURS, Series, bar_plot, line_plot, scatter_plot
 
 __all__ = ["render_page", "write_page"]
@@ -63,10 +64,7 @@ def render_page(rows: Sequence[Row], *, notes: Sequence[str] = ()) -> str:
         _Line(row["label"], _colour(index), [column.cell(row) for column in COLUMNS])
         for index, row in enumerate(rows)
     ]
-    plots = [
-        plot._replace(svg=Markup(plot.svg))  # noqa: S704 - our own markup, texts escaped there
-        for plot in _plots(rows, lines)
-    ]
+    plots = [plot._replace(svg=Markup(plot.svg)) for plot in _plots(rows, lines)]
     source = files(__package__).joinpath("compare.html.j2").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True).from_string(source)
     return template.render(
@@ -128,7 +126,7 @@ def _when(stamp: str) -> str:
 
 def _centres(row: Row) -> list[float]:
     edges = row["edges"]
-    return [(low + high) / 2 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [(low + high) / 2 for low, high in itertools.pairwise(edges)]
 
 
 def _tokens(value: float) -> str:
@@ -233,7 +231,7 @@ def _cost_plot(rows: Sequence[Row], lines: Sequence[_Line]) -> _Plot:
             row["label"],
             line.colour,
             row["prefill_seconds"],
-            f"{seconds_text(row['prefill_seconds'])} ({value_text(row['prefill_ratio'], 2)}×)",
+            f"{seconds_text(row['prefill_seconds'])} ({ratio_text(row['prefill_ratio'])})",
         )
         for row, line in zip(rows, lines, strict=True)
     ]
@@ -271,9 +269,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         layers = f"{row['num_patched_layers']} of {row['num_layers']} layers"
         notes.append(
             f"{row['label']}: {layers} replaced; loss {value_text(row['loss'], 4)}, "
-            f"{_signed(row['loss_change'])}{spread} nats per token against exact (the spread is the "
-            "standard error over stretches of the text)."
+            f"{signed_text(row['loss_change'])}{spread} nats per token against exact."
         )
+    if others:
+        notes.append("The number after ± is the standard error of that change over stretches.")
     if any(row["prefill_ratio"] > 1 for row in others):
         notes.append(
             "A mechanism that computes fewer scores can still take longer than exact attention at "
@@ -281,10 +280,6 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             "highly tuned."
         )
     return notes
-
-
-def _signed(value: float) -> str:
-    return f"{'+' if value >= 0 else '−'}{value_text(abs(value), 2)}"
 
 
 def _environment(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -300,4 +295,3 @@ def _environment(rows: Sequence[Row]) -> list[tuple[str, str]]:
         if row["config"]
     ]
     return [*configs, *pairs]
-

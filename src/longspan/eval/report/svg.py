@@ -62,7 +62,9 @@ class _Frame:
         for tick in y_ticks:
             y = self.y(tick)
             kind = "zero" if tick == 0 else "grid"
-            self.add(f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {_at(y1=y, y2=y)}/>')
+            self.add(
+                f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {_at(y1=y, y2=y)}/>'
+            )
             self.text(_LEFT - 8, y + 4, y_text(tick), anchor="end")
         for tick in x_ticks:
             x = self.x(tick)
@@ -82,7 +84,9 @@ class _Frame:
         self.parts.append(part)
 
     def text(self, x: float, y: float, text: str, *, anchor: str, kind: str = "label") -> None:
-        self.add(f'<text class="{kind}" {_at(x=x, y=y)} text-anchor="{anchor}">{escape(text)}</text>')
+        self.add(
+            f'<text class="{kind}" {_at(x=x, y=y)} text-anchor="{anchor}">{escape(text)}</text>'
+        )
 
     def svg(self, description: str) -> str:
         return _svg(self.parts, _HEIGHT, description)
@@ -191,7 +195,11 @@ def _place_label(
     width = _CHARACTER * len(label)
     places = [(x + 10, y + 4), (x - 10 - width, y + 4)]
     for rise in (16, -16, 30, -30):
-        places += [(x - width / 2, y + 4 - rise), (x + 8, y + 4 - rise), (x - 8 - width, y + 4 - rise)]
+        places += [
+            (x - width / 2, y + 4 - rise),
+            (x + 8, y + 4 - rise),
+            (x - 8 - width, y + 4 - rise),
+        ]
     for left, base in places:
         box = (left, base - 11, left + width, base + 3)
         inside = box[0] >= _LEFT and box[2] <= _WIDTH and box[1] >= _TOP - 4
