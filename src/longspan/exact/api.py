@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._select import choose_impl
+from .._triton.launch import capability
 from .._validation import Call, validate, validate_varlen
 from .._varlen import run_each_sequence
 from ..errors import ShapeError, UnsupportedError
@@ -33,6 +34,13 @@ _SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+# Torch tries flash first; on Hopper cuDNN is about 1.5 times as fast (benchmarks/results).
+_HOPPER_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -292,10 +300,11 @@ def _torch_call(
 ) -> Tensor:
     if attn_mask is not None and attn_mask.dtype is not torch.bool:
         attn_mask = attn_mask.to(call.query.dtype)
-    backend = config.backend
     chosen: Any = contextlib.nullcontext()
-    if backend in _SDPA:
-        chosen = sdpa_kernel(_SDPA[backend])
+    if config.backend in _SDPA:
+        chosen = sdpa_kernel(_SDPA[config.backend])
+    elif call.query.is_cuda and capability(call.query.device.index or 0) >= (9, 0):
+        chosen = sdpa_kernel(_HOPPER_ORDER, set_priority=True)
     with chosen:
         return F.scaled_dot_product_attention(
             call.query,
