@@ -64,6 +64,7 @@ class LineProgress:
         self.num_done = 0
         self.task: TaskID = progress.add_task("starting", total=float(num_lines))
         self.refused: list[str] = []
+        self.rows: list[Mapping[str, Any]] = []  # of the lines that are done, in their order
 
     def begin(self, label: str) -> None:
         """A line of the comparison begins."""
@@ -77,6 +78,8 @@ class LineProgress:
         """The line is done."""
         self.num_done += 1
         self.progress.update(self.task, completed=float(self.num_done))
+        if row is not None:
+            self.rows.append(row)
         if row is None:
             self.refused.append(f"{label} was left out: {note}")
             self.progress.console.print(f"  {label}: left out, {note}", markup=False)

@@ -19,7 +19,7 @@ from ..errors import ConfigError, nearest_name
 from .scoring import SplitModel, as_input_ids
 from .statistics import wilson_interval
 
-__all__ = ["HAYSTACKS", "Cell", "Prompt", "Trial", "make_prompt", "run_cell", "run_trial"]
+__all__ = ["HAYSTACKS", "Cell", "Prompt", "Trial", "check_haystack", "make_prompt", "run_cell", "run_trial"]
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -101,8 +101,7 @@ def make_prompt(
         depth are the point. Both stretches of filler start at the beginning of the sentences, as
         there; a book goes on after the needle where it stopped.
     """
-    if haystack not in HAYSTACKS:
-        raise ConfigError(f"haystack: {haystack!r} came. {nearest_name(haystack, HAYSTACKS)}")
+    check_haystack(haystack)
     if not 0.0 <= depth <= 1.0:
         raise ConfigError(
             f"depth: {depth} came. Allowed: 0 (needle first) to 1 (needle last). Pass a share."
@@ -141,6 +140,12 @@ def make_prompt(
             high = middle
     text = build(low)
     return Prompt(text=text, pass_key=key, num_tokens=count_tokens(text), depth=depth)
+
+
+def check_haystack(haystack: str) -> None:
+    """Refuse the name of a haystack that is not known."""
+    if haystack not in HAYSTACKS:
+        raise ConfigError(f"haystack: {haystack!r} came. {nearest_name(haystack, HAYSTACKS)}")
 
 
 def _assemble(key: int, characters: int, depth: float, book: str | None, place: float) -> str:

@@ -24,9 +24,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """One column: heading, how a row's cell reads, and the explanation below the table."""
+    """One column: heading, a shorter one for terminals, a row's cell, and what it means."""
 
     heading: str
+    short: str
     cell: Callable[[Row], str]
     meaning: str
 
@@ -48,45 +49,53 @@ def _prefill(row: Row) -> str:
 COLUMNS = (
     Column(
         heading="perplexity",
+        short="ppl",
         cell=lambda row: value_text(row["perplexity"], 4),
         meaning="exp of the mean loss per token (natural logarithm). Lower is better: 20 means the "
         "model is as unsure as if it chose among 20 equally likely tokens.",
     ),
     Column(
         heading="change",
+        short="change",
         cell=_loss_change,
         meaning="perplexity against exact attention on the same tokens.",
     ),
     Column(
         heading="KL",
+        short="KL",
         cell=lambda row: value_text(row["kl"], 2),
         meaning="mean KL divergence, in nats, from the next-token distribution under exact "
         "attention to that under this mechanism. 0 means the same predictions.",
     ),
     Column(
         heading="same top token",
+        short="top-1",
         cell=lambda row: percent_text(row["top1"]),
         meaning="share of positions where both rank the same next token first.",
     ),
     Column(
         heading="scores visited",
+        short="visited",
         cell=lambda row: percent_text(row["visited_fraction"]),
         meaning="share of the query-key pairs (at or before the query) that are computed, averaged "
         "over all layers, patched or not.",
     ),
     Column(
         heading="prefill",
+        short="prefill",
         cell=_prefill,
         meaning="time to read all tokens at once through all layers, without the output "
         "projection.",
     ),
     Column(
         heading="\u00d7 exact",
+        short="\u00d7 exact",
         cell=_ratio,
         meaning="prefill time over that of exact attention in the same run; below 1 is faster.",
     ),
     Column(
         heading="peak memory",
+        short="memory",
         cell=lambda row: bytes_text(row["peak_bytes"]),
         meaning="memory added during prefill, above model and inputs.",
     ),
