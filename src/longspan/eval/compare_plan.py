@@ -65,13 +65,13 @@ def plan_candidates(specs: Sequence[str]) -> list[Candidate]:
     Raises:
         ConfigError: unknown mechanism or setting, or a mechanism that needs training first.
     """
-    from ..hf.plan import parse_config
-
     candidates = [Candidate(label="exact", mechanism="exact", config=None)]
     for spec in specs:
         label = "".join(spec.split())
         if label == "exact" or any(label == other.label for other in candidates):
             continue
+        from ..hf.plan import parse_config
+
         config = parse_config(label)
         mechanism = mechanism_of_config(config)
         if not mechanism.on_pretrained:

@@ -89,7 +89,7 @@ COLUMNS = (
     ),
     Column(
         heading="\u00d7 exact",
-        short="\u00d7 exact",
+        short="ratio",
         cell=_ratio,
         meaning="prefill time over that of exact attention in the same run; below 1 is faster.",
     ),

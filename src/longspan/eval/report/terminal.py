@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ def _table(title: str | None, *headings: str) -> Table:
         title_justify="left",
         title_style="bold",
     )
-    table.add_column(headings[0], style="cyan", overflow="fold", min_width=16)
+    table.add_column(headings[0], style="cyan", overflow="fold", min_width=12)
     for heading in headings[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
@@ -39,8 +40,18 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     """One line per row of `longspan.eval.compare`, in their order; fits 80 columns."""
     table = _table(None, "attention", *(column.short for column in COLUMNS))
     for row in rows:
-        table.add_row(row["label"], *(column.cell(row) for column in COLUMNS))
+        table.add_row(_folded(row["label"]), *(column.cell(row) for column in COLUMNS))
     return table
+
+
+def _folded(label: str, width: int = 18) -> str:
+    """A spec in lines of at most `width` characters, broken after its colon and commas."""
+    lines = [""]
+    for part in re.findall(r"[^:,]*[:,]?", label):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _spec(row: Row) -> str:
