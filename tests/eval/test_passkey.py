@@ -51,7 +51,9 @@ def test_a_book_goes_on_where_it_stopped():
 
 
 def test_keys_depend_on_the_seed_only():
-    keys = {prompt(seed=s, length=n, depth=d).pass_key for s in (1,) for n in (600, 900) for d in (0, 1)}
+    keys = {
+        prompt(seed=s, length=n, depth=d).pass_key for s in (1,) for n in (600, 900) for d in (0, 1)
+    }
     assert len(keys) == 1
     assert len({prompt(seed=s).pass_key for s in range(20)}) > 15
 

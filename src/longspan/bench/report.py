@@ -1,7 +1,7 @@
 """Benchmark rows as a terminal table, a picture, a web page and the table of the README.
 
-No measuring here: every number is a view of stored rows. Rows that were not verified are marked, drawn
-hollow, and left out of the README.
+No measuring here: every number is a view of stored rows. Rows that were not verified are
+marked, drawn hollow, and left out of the README.
 """
 
 from __future__ import annotations
@@ -170,21 +170,15 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
         raise ConfigError(
             f"path: {target.name} came. Allowed: a name ending in .png or .svg. Change the ending."
         )
-    figure = _figure(rows)
-    metadata = {"Date": None} if target.suffix == ".svg" else {"Software": None}
-    figure.savefig(target, dpi=160, metadata=metadata, facecolor="white")
+    _save(rows, target, target.suffix[1:], ink=_COLOURS[0], facecolor="white")
     return target
 
 
-def _figure(rows: Sequence[Row], *, ink: str = "#1a1f27") -> Figure:
+def _save(rows: Sequence[Row], target: Any, kind: str, *, ink: str, **settings: Any) -> None:
     try:
         import matplotlib as mpl
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError.for_module("drawing", str(error.name), "report") from error
-    groups = _groups(_timed(rows))
-    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(_lines(_timed(rows)))}
-    colours = {label: ink if i == 0 else c for i, (label, c) in enumerate(colours.items())}
     style = {
         "svg.hashsalt": "longspan",
         "svg.fonttype": "none",
@@ -193,42 +187,52 @@ def _figure(rows: Sequence[Row], *, ink: str = "#1a1f27") -> Figure:
             ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], ink
         ),
     }
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(5.2 * max(1, len(groups)), 3.7), layout="constrained")
-        for index, ((pass_name, head_dim), group) in enumerate(groups.items(), start=1):
-            axes = figure.add_subplot(1, len(groups), index)
-            for label, line in _lines(group).items():
-                x, y = [r["length"] for r in line], [r["ms_p50"] for r in line]
-                axes.plot(x, y, color=colours[label], linewidth=1.8, label=label)
-                for row in line:
-                    axes.plot(
-                        row["length"],
-                        row["ms_p50"],
-                        "o",
-                        color=colours[label],
-                        markersize=4.5,
-                        markerfacecolor=colours[label] if row["verified"] else "none",
-                    )
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            lengths = sorted({row["length"] for row in group})
-            axes.set_xticks(lengths, [count_text(n) for n in lengths], rotation=30, ha="right")
-            axes.minorticks_off()
-            axes.set_xlabel("length, tokens")
-            axes.set_ylabel("median time, ms")
-            axes.set_title(f"{pass_name}, head dim {head_dim}", fontsize=10)
-            axes.grid(True, color="#8899aa", alpha=0.25, linewidth=0.7)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8.5)
+        figure = _figure(_timed(rows), ink)
+        figure.savefig(target, format=kind, dpi=160, metadata=metadata, **settings)
+
+
+def _figure(rows: Sequence[Row], ink: str) -> Figure:
+    """One plot per pass and head size, side by side."""
+    from matplotlib.figure import Figure
+
+    groups = _groups(rows)
+    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(_lines(rows))}
+    colours = {label: ink if i == 0 else c for i, (label, c) in enumerate(colours.items())}
+    figure = Figure(figsize=(5.2 * max(1, len(groups)), 3.7), layout="constrained")
+    for index, ((pass_name, head_dim), group) in enumerate(groups.items(), start=1):
+        axes = figure.add_subplot(1, len(groups), index)
+        for label, line in _lines(group).items():
+            x, y = [r["length"] for r in line], [r["ms_p50"] for r in line]
+            axes.plot(x, y, color=colours[label], linewidth=1.8, label=label)
+            for row in line:
+                axes.plot(
+                    row["length"],
+                    row["ms_p50"],
+                    "o",
+                    color=colours[label],
+                    markersize=4.5,
+                    markerfacecolor=colours[label] if row["verified"] else "none",
+                )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        lengths = sorted({row["length"] for row in group})
+        axes.set_xticks(lengths, [count_text(n) for n in lengths], rotation=30, ha="right")
+        axes.minorticks_off()
+        axes.set_xlabel("length, tokens")
+        axes.set_ylabel("median time, ms")
+        axes.set_title(f"{pass_name}, head dim {head_dim}", fontsize=10)
+        axes.grid(True, color="#8899aa", alpha=0.25, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8.5)
     return figure
 
 
 def write_bench_page(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
     """One self-contained HTML file: picture, crossover lengths, all rows, environment."""
     buffer = io.StringIO()
-    _figure(rows, ink=_INK).savefig(
-        buffer, format="svg", transparent=True, metadata={"Date": None}
-    )
+    _save(rows, buffer, "svg", ink=_INK, transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     cells = "".join(

@@ -1,4 +1,4 @@
-"""Run the benchmark: check a mechanism against its reference, then time it against exact attention."""
+"""Run the benchmark: check a mechanism against its reference, then time it beside exact attention."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _inputs(shape: Shape, device: torch.device, *, dtype: torch.dtype | None = N
         shape.heads,
         shape.length,
         shape.head_dim,
-        num_kv_heads=shape.kv_heads,
+        kv_heads=shape.kv_heads,
         dtype=dtype or getattr(torch, shape.dtype),
         device=device,
     )
@@ -172,13 +172,10 @@ def _time(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
     output = call(*leaves)
     upstream = torch.randn_like(output)
     return dict(
-        time_call(
-            lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True), device
-        )
+        time_call(lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True), device)
     )
 
 
 def count_lines(cases: Sequence[Case], shapes: Sequence[Shape]) -> int:
     """Number of rows that `run_bench` returns."""
     return len(shapes) * (1 + len(cases))
-

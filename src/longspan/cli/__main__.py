@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="Affordable long-context attention: compare mechanisms on real models, and measure.",
         version=__version__,
         suppress_keyboard_interrupt=False,
+        default_parameter=cyclopts.Parameter(negative=()),
         result_action="return_value",
     )
     for name in _COMMANDS:

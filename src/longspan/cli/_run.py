@@ -25,21 +25,18 @@ class Outcome:
     exit_code: int
 
 
-def run_lines(
-    folder: Path, num_lines: int, work: Callable[[RowFile, Listener], object]
-) -> Outcome:
+def run_lines(folder: Path, num_lines: int, work: Callable[[RowFile, Listener], object]) -> Outcome:
     """Call `work(rows, listener)`; rows go to `folder`/rows.jsonl.
 
     On Ctrl-C the finished rows stay and the outcome says how to go on.
     """
     exit_code = 0
-    with RowFile(folder / "rows.jsonl") as rows:
-        with progress_bar() as bar:
-            listener = LineProgress(bar, num_lines)
-            try:
-                work(rows, listener)
-            except KeyboardInterrupt:
-                exit_code = INTERRUPTED
+    with RowFile(folder / "rows.jsonl") as rows, progress_bar() as bar:
+        listener = LineProgress(bar, num_lines)
+        try:
+            work(rows, listener)
+        except KeyboardInterrupt:
+            exit_code = INTERRUPTED
     notes = list(listener.refused)
     if exit_code:
         state = f"Interrupted: {len(listener.rows)} of {num_lines} lines are finished and kept."

@@ -40,7 +40,7 @@ def compare(
     layers
         Layers to change: all, global, last:10, or indices such as 0,3,5.
     out
-        Folder of the run. Default: runs/compare-<model>-<length>-<time>.
+        Folder of the run. Default: a new one under runs/.
     quick
         1024 tokens: about a minute on two cores.
     device
@@ -68,7 +68,7 @@ def compare(
         ),
     )
     if outcome.rows:
-        console.print(comparison_table(outcome.rows))
+        console.print(comparison_table(outcome.rows, width=console.width))
         console.print(headline(outcome.rows), soft_wrap=True)
         report = write_page(outcome.rows, folder / "report.html", notes=outcome.notes)
         console.print(f"\nReport: {report}", soft_wrap=True)

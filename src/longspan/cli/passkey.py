@@ -75,9 +75,7 @@ def passkey(
     outcome = run_lines(
         folder,
         len(jobs),
-        lambda rows, listener: run_jobs(
-            jobs, rows, notes=inputs.subject.notes, listener=listener
-        ),
+        lambda rows, listener: run_jobs(jobs, rows, notes=inputs.subject.notes, listener=listener),
     )
     for table in passkey_tables(outcome.rows):
         console.print(table)

@@ -19,7 +19,16 @@ from ..errors import ConfigError, nearest_name
 from .scoring import SplitModel, as_input_ids
 from .statistics import wilson_interval
 
-__all__ = ["HAYSTACKS", "Cell", "Prompt", "Trial", "check_haystack", "make_prompt", "run_cell", "run_trial"]
+__all__ = [
+    "HAYSTACKS",
+    "Cell",
+    "Prompt",
+    "Trial",
+    "check_haystack",
+    "make_prompt",
+    "run_cell",
+    "run_trial",
+]
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

@@ -29,7 +29,7 @@ def value_text(value: float | None, digits: int = 3) -> str:
         return "∞"
     if value == 0:
         return "0"
-    size = math.floor(math.log10(abs(value)))
+    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # after rounding: 99.96 has size 2
     if size >= 7 or size < -5:
         return f"{value:.{digits - 1}e}"
     rounded = round(value, digits - 1 - size)

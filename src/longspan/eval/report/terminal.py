@@ -36,15 +36,16 @@ def _table(title: str | None, *headings: str) -> Table:
     return table
 
 
-def comparison_table(rows: Sequence[Row]) -> Table:
-    """One line per row of `longspan.eval.compare`, in their order; fits 80 columns."""
+def comparison_table(rows: Sequence[Row], *, width: int = 120) -> Table:
+    """One line per row of `longspan.eval.compare`, in their order; fits 80 columns or more."""
     table = _table(None, "attention", *(column.short for column in COLUMNS))
     for row in rows:
-        table.add_row(_folded(row["label"]), *(column.cell(row) for column in COLUMNS))
+        label = _folded(row["label"], max(12, width - 64))
+        table.add_row(label, *(column.cell(row) for column in COLUMNS))
     return table
 
 
-def _folded(label: str, width: int = 18) -> str:
+def _folded(label: str, width: int) -> str:
     """A spec in lines of at most `width` characters, broken after its colon and commas."""
     lines = [""]
     for part in re.findall(r"[^:,]*[:,]?", label):
@@ -65,7 +66,11 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     title = f"{count_text(first['num_tokens'])} scored tokens, window {first['window']}, "
     table = _table(
-        title + f"stride {first['stride']}", "attention", "patched layers", "perplexity", "bits/token"
+        title + f"stride {first['stride']}",
+        "attention",
+        "patched layers",
+        "perplexity",
+        "bits/token",
     )
     for row in rows:
         table.add_row(
