@@ -1,6 +1,7 @@
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
@@ -211,5 +212,5 @@ def test_ticks_cover_and_are_round(low, high):
     assert ticks[0] <= low + 1e-12
     assert ticks[-1] >= high - 1e-12
     assert 2 <= len(ticks) <= 8
-    steps = {round(b - a, 14) for a, b in zip(ticks[:-1], ticks[1:], strict=True)}
+    steps = {round(b - a, 14) for a, b in pairwise(ticks)}
     assert len(steps) == 1

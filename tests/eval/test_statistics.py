@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_buckets_cover_everything_once():
         edges = bucket_edges(start, stop, count)
         assert edges[0] == start
         assert edges[-1] == stop
-        assert all(a < b for a, b in zip(edges[:-1], edges[1:], strict=True))
+        assert all(a < b for a, b in pairwise(edges))
         assert len(edges) - 1 == min(count, stop - start)
 
 

@@ -1,4 +1,4 @@
-"""Run the benchmark: check a mechanism against its reference, then time it beside exact attention."""
+"""Run the benchmark: check a mechanism against its reference, then time it beside exact."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def default_attentions(length: int) -> list[str]:
     specs: list[str] = []
     for name, mechanism in MECHANISMS.items():
         if mechanism.on_pretrained:
-            specs += COMPARE_DEFAULTS.get(name, lambda _, name=name: (name,))(length)  # type: ignore[misc]
+            specs += COMPARE_DEFAULTS.get(name, lambda _, name=name: (name,))(length)
     return specs
 
 

@@ -83,7 +83,7 @@ class SplitModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (M, vocabulary) in float32 (float64 for float64 models) for hidden states."""
-        logits = self._head(hidden)
+        logits: Tensor = self._head(hidden)
         logits = logits.float() if logits.dtype != torch.float64 else logits
         logits = logits * (self._factor / self._divisor)
         if self._softcap:
