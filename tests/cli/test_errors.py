@@ -71,8 +71,8 @@ CASES = {
          "--patched", "0,9"],
         r"patched: 9 came\. Allowed: 0 \.\. 4",
     ),
-    "numbers that are none": (["ppl", "--patched", "0;5"], r"--patched: '0;5' came.*commas.*0,5,10"),
-    "two questions at once": (["ppl", "--patched", "1", "--contexts", "5"], r"--contexts: .*one of"),
+    "numbers that are none": (["ppl", "--patched", "0;5"], r"--patched: '0;5' came.*commas.*0,5"),
+    "two questions": (["ppl", "--patched", "1", "--contexts", "5"], r"--contexts: .*one of"),
     "unknown haystack": (["passkey", "--haystack", "hay"], r"haystack: 'hay' came.*landmark"),
     "bad depth": (
         ["passkey", "--text", "{book}", "--model", "{folder}", "--lengths", "450",
@@ -84,7 +84,7 @@ CASES = {
     "bench length": (["bench", "--lengths", "0"], r"lengths: 0 came\. Allowed: 1 or more"),
     "bench heads": (["bench", "--heads", "4", "--kv-heads", "3"], r"kv_heads: 3 came.*divisor.*4"),
     "bench pass": (["bench", "--passes", "sideways"], r"passes: 'sideways' came.*backward"),
-    "bench dtype": (["bench", "--dtype", "float12"], r"dtype: 'float12' came\. Did you mean 'float"),
+    "bench dtype": (["bench", "--dtype", "float12"], r"dtype: 'float12' came.*mean 'float16"),
     "rows that are not there": (["bench", "--show", "{tmp}/no.jsonl"], r"no\.jsonl cannot be read"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-__all__ = ["Crossover", "bench_table", "crossovers", "draw", "readme_table", "write_bench_page"]
+__all__ = ["Crossover", "bench_tables", "crossovers", "draw", "readme_table", "write_bench_page"]
 
 Row = Mapping[str, Any]
 _COLOURS = ("#1a1f27", "#2563eb", "#d97706", "#0f9a6c", "#b832cf", "#0e8fb3", "#d83a3a", "#7a7a14")
@@ -91,28 +91,29 @@ def _milliseconds(row: Row) -> str:
     return seconds_text(row["ms_p50"] / 1000)
 
 
-def bench_table(rows: Sequence[Row]) -> Table:
-    """All rows: time, ratio to the best exact attention, memory, error, whether verified."""
+def bench_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """For each pass and head size: time, ratio to exact attention, error, whether verified."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape as escape_markup
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("attention", style="cyan", overflow="fold")
-    for heading in ("pass", "head dim", "length", "median", "speed-up", "max error", "verified"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            escape_markup(row["label"]),
-            row["pass"],
-            str(row["head_dim"]),
-            count_text(row["length"]),
-            escape_markup(_milliseconds(row)),
-            ratio_text(row.get("speedup")),
-            value_text(row.get("max_abs_error"), 2),
-            "yes" if row["verified"] else "[red]no[/]",
-        )
-    return table
+    for (pass_name, head_dim), group in _groups(rows).items():
+        title = f"{pass_name}, head dim {head_dim}"
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        table.title_style = table.header_style = "bold"
+        table.add_column("attention", style="cyan", overflow="fold")
+        for heading in ("length", "median", "speed-up", "max error", "verified"):
+            table.add_column(heading, justify="right")
+        for row in group:
+            table.add_row(
+                escape_markup(row["label"]),
+                count_text(row["length"]),
+                escape_markup(_milliseconds(row)),
+                ratio_text(row.get("speedup")),
+                value_text(row.get("max_abs_error"), 2),
+                "yes" if row["verified"] else "[red]no[/]",
+            )
+        yield table
 
 
 def crossover_lines(rows: Sequence[Row]) -> list[str]:

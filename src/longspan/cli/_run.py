@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ class Outcome:
 def run_lines(folder: Path, num_lines: int, work: Callable[[RowFile, Listener], object]) -> Outcome:
     """Call `work(rows, listener)`; rows go to `folder`/rows.jsonl.
 
-    On Ctrl-C the finished rows stay and the outcome says how to go on.
+    On Ctrl-C the finished rows stay and the outcome says how to go on. A run that was refused
+    before its first row leaves no folder.
     """
     exit_code = 0
-    with RowFile(folder / "rows.jsonl") as rows, progress_bar() as bar:
+    with _store(folder) as rows, progress_bar() as bar:
         listener = LineProgress(bar, num_lines)
         try:
             work(rows, listener)
@@ -43,3 +45,22 @@ def run_lines(folder: Path, num_lines: int, work: Callable[[RowFile, Listener], 
         notes.append(state)
         errors.print(f"{state} To go on: the same command with --out {folder}", soft_wrap=True)
     return Outcome(rows=listener.rows, notes=notes, exit_code=exit_code)
+
+
+@contextlib.contextmanager
+def _store(folder: Path) -> Iterator[RowFile]:
+    is_new = not folder.exists()
+    with RowFile(folder / "rows.jsonl") as rows:
+        try:
+            yield rows
+        finally:
+            if is_new and not rows.rows:
+                _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # whatever is not empty stays
+        (folder / "rows.jsonl").unlink()
+        folder.rmdir()
+        if folder.parent == Path("runs"):
+            folder.parent.rmdir()

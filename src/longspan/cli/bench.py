@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ._console import console
 from ._inputs import check_device, command_line, numbers, run_folder
@@ -51,14 +53,11 @@ def bench(
     device
         cpu, cuda, cuda:1. Default: the first GPU if there is one.
     """
-    from ..bench.report import bench_table, crossover_lines, draw, write_bench_page
+    from ..bench.report import draw, write_bench_page
     from ..eval.rows import read_rows
 
     if show:
-        rows = [row for path in show for row in read_rows(path) if row.get("kind") == "bench"]
-        console.print(bench_table(rows))
-        for line in crossover_lines(rows):
-            console.print(line)
+        _print([row for path in show for row in read_rows(path) if row.get("kind") == "bench"])
         return 0
     from ..bench.registry import check_dtype, default_specs, plan_cases, plan_shapes
     from ..bench.run import count_lines, run_bench
@@ -85,10 +84,17 @@ def bench(
         ),
     )
     if outcome.rows:
-        console.print(bench_table(outcome.rows))
-        for line in crossover_lines(outcome.rows):
-            console.print(line)
+        _print(outcome.rows)
         draw(outcome.rows, folder / "bench.png")
         report = write_bench_page(outcome.rows, folder / "bench.html")
         console.print(f"\nReport: {report}", soft_wrap=True)
     return outcome.exit_code
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    from ..bench.report import bench_tables, crossover_lines
+
+    for table in bench_tables(rows):
+        console.print(table)
+    for line in crossover_lines(rows):
+        console.print(line, soft_wrap=True)
