@@ -122,6 +122,25 @@ def test_the_page_is_whole_and_self_contained(count, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_a_mechanism_that_gives_nan_is_shown_as_missing(tmp_path):
+    rows = make_rows(3)
+    nan = float("nan")
+    rows[1].update(
+        loss=nan,
+        perplexity=nan,
+        perplexity_ratio=nan,
+        loss_change=nan,
+        loss_change_error=None,
+        kl=nan,
+        loss_by_position=[3.0] * 5 + [nan] * 27,
+    )
+    page = write_page(rows, tmp_path / "report.html").read_text()
+    assert ">nan" not in page
+    assert "nan," not in page
+    assert "<td>\u2013</td>" in page
+    assert headline(rows).count("window:window=1024") == 1
+
+
 def boxes_of_labels(svg):
     found = re.findall(r'<text class="name" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)<', svg)
     return [(float(x), float(y) - 11, float(x) + 7 * len(t), float(y) + 3) for x, y, t in found]

@@ -197,6 +197,7 @@ def _save(rows: Sequence[Row], target: Any, kind: str, *, ink: str, **settings: 
 def _figure(rows: Sequence[Row], ink: str) -> Figure:
     """One plot per pass and head size, side by side."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     groups = _groups(rows)
     colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(_lines(rows))}
@@ -221,6 +222,8 @@ def _figure(rows: Sequence[Row], ink: str) -> Figure:
         lengths = sorted({row["length"] for row in group})
         axes.set_xticks(lengths, [count_text(n) for n in lengths], rotation=30, ha="right")
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("length, tokens")
         axes.set_ylabel("median time, ms")
         axes.set_title(f"{pass_name}, head dim {head_dim}", fontsize=10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import re
 import shlex
 import sys
@@ -101,7 +100,7 @@ def load_inputs(
         device: where the model goes.
         at: the option that asked for `num_tokens`, for messages.
     """
-    from ..eval.data import load_text, take_tokens
+    from ..eval.data import BOOKS, load_text, take_tokens
     from ..eval.jobs import Subject
     from ..models import load
 
@@ -109,7 +108,10 @@ def load_inputs(
     where = check_device(device)
     with step(f"loading {model}"):
         loaded = load(model, device=where)
-    tokens = take_tokens(document.text, loaded.tokenizer, num_tokens)
+    try:
+        tokens = take_tokens(document, loaded.tokenizer, num_tokens)
+    except ConfigError as error:
+        raise ConfigError(f"{at}: {num_tokens} came. {error}") from error
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if limit and num_tokens > limit:
         errors.print(
@@ -120,8 +122,8 @@ def load_inputs(
         "model": loaded.name,
         "model_class": type(loaded.model).__name__,
         "num_parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "text": document.name,
-        "text_sha256": hashlib.sha256(document.text.encode()).hexdigest(),
+        "text": BOOKS.get(document.name, document.name),
+        "text_sha256": document.sha256,
     }
     subject = Subject(
         model=loaded.model, tokens=tokens, facts=facts, notes={"command": command_line()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ def headline(rows: Sequence[Row]) -> str:
             f"{where}, {exact['model']} with exact attention has perplexity "
             f"{value_text(exact['perplexity'], 4)}."
         )
-    best = min(others, key=lambda row: (row["kl"], row["visited_fraction"]))
+    best = min(others, key=lambda row: (math.isnan(row["kl"]), row["kl"], row["visited_fraction"]))
     return (
         f"{where}, {best['label']} stays closest to exact attention: perplexity "
         f"{value_text(best['perplexity'], 4)} against {value_text(exact['perplexity'], 4)} "
