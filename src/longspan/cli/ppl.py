@@ -75,7 +75,12 @@ def ppl(
     else:
         total = int(subject.model.config.get_text_config().num_hidden_layers)
         jobs = perplexity_jobs(
-            subject, candidates, counts or [0, total], window=window, stride=stride or window
+            subject,
+            candidates,
+            counts or [0, total],
+            window=window,
+            stride=stride if stride is not None else window,
+            num_bytes=len(inputs.tokenizer.decode(subject.tokens).encode()),
         )
         table = perplexity_table
     folder = run_folder(out, "ppl", model, needed)

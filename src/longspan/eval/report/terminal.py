@@ -70,14 +70,14 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
         "attention",
         "patched layers",
         "perplexity",
-        "bits/token",
+        "bits/byte",
     )
     for row in rows:
         table.add_row(
             _spec(row),
             count_text(row["num_patched_layers"]),
             value_text(row["perplexity"], 4),
-            value_text(row["bits_per_token"], 4),
+            value_text(row["bits_per_byte"], 4),
         )
     return table
 
