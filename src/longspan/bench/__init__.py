@@ -1,0 +1,1 @@
+"""Speed: timing, memory, environment, and a small benchmark over the registry."""
