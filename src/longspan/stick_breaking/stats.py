@@ -20,7 +20,12 @@ from .impl.common import Settings
 from .impl.tiles import log_sticks
 from .impl.walk import Walk
 
-__all__ = ["SPAN_THRESHOLDS", "StickBreakingStats", "stick_breaking_attention_stats"]
+__all__ = [
+    "SPAN_THRESHOLDS",
+    "StickBreakingStats",
+    "effective_spans",
+    "stick_breaking_attention_stats",
+]
 
 #: Half of the stick, a hundredth, and what a bfloat16 output cannot show any more.
 SPAN_THRESHOLDS = (0.5, 1e-2, 2.0**-14)
@@ -125,7 +130,7 @@ def stick_breaking_attention_stats(
         tensors, settings = (call.query, call.key, call.value), settings_of(call, config, bias)
         query_block, key_block = _tile_size(chosen, *tensors)
         total = _total_tiles(settings, visited.shape[-1], query_block, key_block, *tensors[:2])
-        spans, is_spent = _spans(*tensors, settings, tuple(thresholds))
+        spans, is_spent = effective_spans(*tensors, settings, tuple(thresholds))
     return StickBreakingStats(
         impl=chosen,
         query_block=query_block,
@@ -139,7 +144,7 @@ def stick_breaking_attention_stats(
     )
 
 
-def _spans(
+def effective_spans(
     query: Tensor, key: Tensor, value: Tensor, settings: Settings, thresholds: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
     """The stick only shrinks, so a span is one more than the number of keys that leave enough."""
