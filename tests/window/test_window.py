@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, Result, assert_matches_reference, attend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from longspan import (
 )
 from longspan.testing import make_qkv
 from longspan.window.api import visited_fraction
+from window_cases import CASES, Case, Result, assert_matches_reference, attend
 
 IMPLS = ["eager", "reference"]
 
@@ -245,9 +245,7 @@ def test_visited_fraction_is_a_count(n_q, n_k, offset, window, sinks, is_causal)
 
 def test_config_messages():
     assert WindowConfig() == WindowConfig(window=1024, num_sinks=4)
-    with pytest.raises(
-        ConfigError, match=r"window is 0; it must be an int >= 1.*valid: 1"
-    ):
+    with pytest.raises(ConfigError, match=r"window is 0; it must be an int >= 1.*valid: 1"):
         WindowConfig(window=0)
     with pytest.raises(ConfigError, match=r"num_sinks is -2.*Nearest valid: 0"):
         WindowConfig(num_sinks=-2)
