@@ -28,12 +28,13 @@ def book(tmp_path_factory):
 
 
 @pytest.fixture
-def longspan(capsys):
+def longspan(capsys, monkeypatch):
     """Run a command in this process: (exit code, stdout, stderr)."""
     from longspan.cli.__main__ import main
 
     def run(*arguments):
-        code = main([str(a) for a in arguments])
+        monkeypatch.setattr(sys, "argv", ["longspan", *map(str, arguments)])
+        code = main()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -46,7 +47,8 @@ def spawn():
     children = []
 
     def start(*arguments):
-        environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "longspan.cli", *map(str, arguments)]
         child = subprocess.Popen(
             command,

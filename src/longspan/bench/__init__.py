@@ -1,1 +1,1 @@
-"""Speed: timing, memory, environment, and a small benchmark over the registry."""
+"""Measuring: timing, memory, where it ran, a benchmark over the registry and its reports."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import LongspanError
 from ..eval.jobs import Listener, SilentListener
+from ..eval.memory import PeakMemory
 from ..eval.rows import RowFile, provenance, settings_key
 from ..exact.config import ExactConfig
 from ..mechanisms import get_mechanism
@@ -62,7 +63,7 @@ def run_bench(
                 if base is not None and base.get("ms_p50") and measured["ms_p50"]:
                     measured["speedup"] = base["ms_p50"] / measured["ms_p50"]
                 start = {"key": key, "label": case.label, "is_baseline": case is baseline}
-                row = {**start, **settings, **measured, **(notes or {}), **provenance()}
+                row = {**start, **settings, **measured, **provenance(device), **(notes or {})}
                 rows.append(row)
                 listener.finish(label, row, "")
             else:
@@ -167,13 +168,18 @@ def _time(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
     call = _call(case, shape)
     if shape.pass_name == "forward":
         with torch.no_grad():
-            return dict(time_call(lambda: call(*inputs), device))
+            return _clock(lambda: call(*inputs), device)
     leaves = [tensor.requires_grad_() for tensor in inputs]
     output = call(*leaves)
     upstream = torch.randn_like(output)
-    return dict(
-        time_call(lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True), device)
-    )
+    return _clock(lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True), device)
+
+
+def _clock(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    with PeakMemory(device) as memory:
+        call()
+    peak = {"peak_bytes": memory.peak_bytes, "peak_method": memory.method}
+    return {**time_call(call, device=device)._asdict(), **peak}
 
 
 def count_lines(cases: Sequence[Case], shapes: Sequence[Shape]) -> int:

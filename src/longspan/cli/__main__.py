@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for name in _COMMANDS:
         app.command(getattr(import_module(f".{name}", __package__), name), name=name)
+    tokens = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        result = app(arguments, exit_on_error=False, print_error=False)
+        result = app(tokens, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         show_error(f"{error} Run the command with --help to see what it takes.")
         return 2

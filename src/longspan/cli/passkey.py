@@ -60,8 +60,9 @@ def passkey(
     check_length("--trials", trials, least=1)
     candidates = plan(attention, default_attentions(max(length_list)))
     inputs = load_inputs(model, text, num_tokens=2, device=device)
+    subject = inputs.subject
     jobs = passkey_jobs(
-        inputs.subject,
+        subject,
         inputs.tokenizer,
         candidates,
         lengths=length_list,
@@ -75,7 +76,13 @@ def passkey(
     outcome = run_lines(
         folder,
         len(jobs),
-        lambda rows, listener: run_jobs(jobs, rows, notes=inputs.subject.notes, listener=listener),
+        lambda rows, listener: run_jobs(
+            jobs,
+            rows,
+            device=inputs.subject.model.device,
+            notes=inputs.subject.notes,
+            listener=listener,
+        ),
     )
     for table in passkey_tables(outcome.rows):
         console.print(table)

@@ -87,7 +87,9 @@ def ppl(
     outcome = run_lines(
         folder,
         len(jobs),
-        lambda rows, listener: run_jobs(jobs, rows, notes=subject.notes, listener=listener),
+        lambda rows, listener: run_jobs(
+            jobs, rows, device=subject.model.device, notes=subject.notes, listener=listener
+        ),
     )
     if outcome.rows:
         console.print(table(outcome.rows))

@@ -229,8 +229,8 @@ class _Run:
             "peak_bytes": result.peak_bytes,
             "peak_method": result.peak_method,
             **self._visits(candidate, result),
+            **provenance(self.split.device),
             **self.notes,
-            **provenance(),
         }
         self.rows.append(row)
         self.listener.finish(candidate.label, row, "")

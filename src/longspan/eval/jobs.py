@@ -83,10 +83,18 @@ def run_jobs(
     jobs: Sequence[Job],
     rows: RowFile,
     *,
+    device: Any = "cpu",
     notes: Mapping[str, Any] | None = None,
     listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
     """Run the jobs whose rows are missing; returns all rows in the order of the jobs.
+
+    Args:
+        jobs: what to run.
+        rows: where rows go and where finished ones are found.
+        device: where the model is, for the record.
+        notes: flat values added to each new row.
+        listener: told about progress.
 
     An exception, KeyboardInterrupt among them, passes through; rows that were finished stay.
     """
@@ -100,7 +108,7 @@ def run_jobs(
             listener.begin(job.label)
             result = job.run(listener.advance)
             start = {"key": key, "label": job.label}
-            row = {**start, **settings, **result, **(notes or {}), **provenance()}
+            row = {**start, **settings, **result, **provenance(device), **(notes or {})}
             rows.append(row)
             listener.finish(job.label, row, "")
         else:

@@ -6,7 +6,6 @@ next run cuts off. A row whose key is already there need not be computed again.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -26,12 +25,11 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def provenance() -> dict[str, Any]:
-    """What every row records besides its result: commit, versions, device, time (UTC)."""
+def provenance(device: Any) -> dict[str, Any]:
+    """What every row records besides its result: device, versions, commit, command, time (UTC)."""
     from ..bench.environment import environment
 
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {**environment(), "time": now}
+    return environment(device)
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
