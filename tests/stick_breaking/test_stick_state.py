@@ -135,9 +135,15 @@ def test_a_state_is_a_value_with_branches(window):
     q, k, v = make_qkv(1, 1, 700, 4)
     _, state = feed([5] * 60, q[:, :, :300], k[:, :, :300], v[:, :, :300], config=config)
     kept = state.keys.clone()
-    one, _ = feed([1] * 50, q[:, :, 300:350], k[:, :, 300:350], v[:, :, 300:350], state=state)
-    other, _ = feed([1] * 50, q[:, :, 350:400], k[:, :, 350:400], v[:, :, 350:400], state=state)
-    again, _ = feed([50], q[:, :, 300:350], k[:, :, 300:350], v[:, :, 300:350], state=state)
+
+    def tokens(start, stop):
+        return tuple(t[:, :, start:stop] for t in (q, k, v))
+
+    one, half = feed([1] * 25, *tokens(300, 325), state=state)
+    other, _ = feed([1] * 50, *tokens(350, 400), state=state)
+    rest, _ = feed([1] * 25, *tokens(325, 350), state=half)
+    again, _ = feed([50], *tokens(300, 350), state=state)
+    one = torch.cat((one, rest), 2)
     torch.testing.assert_close(one, again, atol=3e-6, rtol=1e-5)
     assert torch.equal(state.keys, kept)
     assert not torch.allclose(one, other)
