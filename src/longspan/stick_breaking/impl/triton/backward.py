@@ -337,8 +337,14 @@ def _visit_for_dkv(
     offs_m = m * BLOCK_M + inside
     mask_m = offs_m < n_q
     first_row = (m * BLOCK_M).to(tl.int64)
-    q_ptrs = q_base + first_row * stride_qn + (inside[:, None] * stride_qn + offs_d[None, :])
-    do_ptrs = do_base + first_row * stride_don + (inside[:, None] * stride_don + offs_dv[None, :])
+    # narrow: row offsets stay in registers across the loop; wide: there is no room for them
+    NARROW: tl.constexpr = k.shape[1] <= 64 and v.shape[1] <= 64
+    if NARROW:
+        q_ptrs = q_base + first_row * stride_qn + (inside[:, None] * stride_qn + offs_d[None, :])
+        do_ptrs = do_base + first_row * stride_don + (inside[:, None] * stride_don + offs_dv[None, :])
+    else:
+        q_ptrs = q_base + (first_row + inside)[:, None] * stride_qn + offs_d[None, :]
+        do_ptrs = do_base + (first_row + inside)[:, None] * stride_don + offs_dv[None, :]
     if MASKED:
         q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
         do = tl.load(do_ptrs, mask=mask_m[:, None] & (offs_dv < DV)[None, :], other=0.0)
@@ -368,9 +374,13 @@ def _visit_for_dkv(
         keys = tile * BLOCK_N + _key_of_column()
         x = tl.where(_visible(limit, keys, key_length, WINDOW, window), x, float("-inf"))
     weights, beta, _ = _tile_replay(x, rest, k.dtype, BLOCK_M, APPROX)
-    dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # late: its registers come free late
+    # the order of the last three products decides how many registers live at once
+    if NARROW:
+        dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     dz, _ = _tile_gradient(weights, beta, dp, far, BLOCK_M)
+    if not NARROW:
+        dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
     dk = tl.dot(tl.trans(dz.to(k.dtype)), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -556,9 +566,14 @@ def plan_backward(
 def backward_configs(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Config, Config]:
     """Launch configurations of the dq and the dkv kernel; they share block_m with the forward."""
     block_m = forward_config(dtype, head_dim, value_dim).block_m
+    wide = max(head_dim, value_dim)
     if interpreting() or dtype is torch.float32:
         return Config(block_m, 4, 1), Config(block_m, 4, 1)
-    return Config(block_m, 8, 2), Config(block_m, 8, 2)
+    if wide > 128:
+        return Config(block_m, 8, 1), Config(block_m, 8, 1)
+    if wide > 64:
+        return Config(block_m, 8, 3), Config(block_m, 8, 2)
+    return Config(block_m, 4, 3), Config(block_m, 4, 3)
 
 
 def stick_backward(

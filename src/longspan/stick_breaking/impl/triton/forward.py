@@ -273,8 +273,8 @@ def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
     if wide > 128:
         return Config(64, 8, 2)
     if wide > 64:
-        return Config(128, 8, 2)
-    return Config(128, 8, 2, 128)
+        return Config(128, 8, 3)
+    return Config(64, 4, 3, 128)
 
 
 def block_dim(dim: int) -> int:
