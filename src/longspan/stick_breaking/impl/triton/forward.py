@@ -58,11 +58,9 @@ def _row_bounds(
 
 
 @triton.jit
-def _visible(
-    limit, keys, key_length, WINDOW: tl.constexpr, window
-):
+def _visible(limit, keys, key_length, WINDOW: tl.constexpr, window):
     """(BLOCK_M, BLOCK_N): which keys a row sees; `limit` is one past its last key."""
-    seen = (keys[None, :] < limit[:, None]) & (keys < key_length)[None, :]
+    seen = keys[None, :] < tl.minimum(limit, key_length)[:, None]
     if WINDOW:
         seen = seen & (keys[None, :] >= (limit - window)[:, None])
     return seen
