@@ -11,6 +11,8 @@ from .types import Impl, ImplReport
 def choose_impl(function: str, impl: Impl | str, reports: Iterable[ImplReport]) -> Impl:
     """The implementation to run; `reports` come preferred first.
 
+    "auto" never picks the dense reference: that would be silently slow.
+
     Raises:
         ConfigError: `impl` is not a known name.
         UnsupportedError: the named implementation refuses this call, or all do.
@@ -24,12 +26,12 @@ def choose_impl(function: str, impl: Impl | str, reports: Iterable[ImplReport]) 
     listed = tuple(reports)
     if wanted is Impl.AUTO:
         for report in listed:
-            if report.refusal is None:
+            if report.refusal is None and report.impl is not Impl.REFERENCE:
                 return report.impl
-        reasons = "; ".join(f"{r.impl.value}: {r.refusal}" for r in listed)
+        reasons = "; ".join(f"{r.impl.value}: {r.refusal}" for r in listed if r.refusal)
         raise UnsupportedError(
             f"{function}: no implementation can run this call ({reasons}). "
-            "longspan.explain(...) lists what each one accepts."
+            "Change what is named, or use impl='reference' (dense) if the size allows."
         )
     for report in listed:
         if report.impl is wanted:
