@@ -52,7 +52,7 @@ def _window_start(pid_m, query_offset, window, ATTEND_CURRENT: tl.constexpr, BLO
 @triton.jit
 def _visit_for_dq(
     acc, rest, far, dz_sum, q, do, far_end, k_base, v_base, stride_kn, stride_vn,
-    k_offsets, v_offsets, rest_ptrs, far_ptrs, tile, cell_lo, limit, key_length, window,
+    k_offsets, v_offsets, ws_ptrs, tile, cell_lo, limit, key_length, window,
     scale_log2, bias_log2, mask_d, mask_dv,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr,
     PAD_D: tl.constexpr, PAD_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -81,9 +81,9 @@ def _visit_for_dq(
         v = v.to(tl.float32)
     # a spent stick leaves exactly the gradient of log_rest: drop the rounding left in `far`
     far = tl.where(rest < 1e-9, far_end, far)
-    cell = (tile - cell_lo).to(tl.int64) * BLOCK_M
-    tl.store(rest_ptrs + cell, rest)
-    tl.store(far_ptrs + cell, far)
+    cell = (tile - cell_lo).to(tl.int64) * (2 * BLOCK_M)
+    tl.store(ws_ptrs + cell, rest)
+    tl.store(ws_ptrs + cell + BLOCK_M, far)
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias_log2
     if MASKED:
         x = tl.where(_visible(limit, keys, key_length, WINDOW, window), x, float("-inf"))
@@ -99,7 +99,7 @@ def _visit_for_dq(
 @triton.jit(do_not_specialize=["unit_lo", "row_lo", "row_hi", "cells_first", "cells_growth"])
 def _stick_breaking_dq_bwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, residual_ptr, do_ptr, grad_rest_ptr, visited_ptr,
-    dq_ptr, dbias_ptr, ws_rest_ptr, ws_far_ptr,
+    dq_ptr, dbias_ptr, ws_ptr,
     bias_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
@@ -198,9 +198,8 @@ def _stick_breaking_dq_bwd_kernel(
     v_base = v_ptr + b64 * stride_vb + h_kv * stride_vh + k_row * stride_vn
     k_offsets = columns[:, None] * stride_kn + offs_d[None, :]
     v_offsets = columns[:, None] * stride_vn + offs_dv[None, :]
-    ws = unit.to(tl.int64) * stride_ws + _cell(row_tile, 0, row_lo, cells_first, cells_growth) * BLOCK_M
-    rest_ptrs = ws_rest_ptr + ws + tl.arange(0, BLOCK_M)
-    far_ptrs = ws_far_ptr + ws + tl.arange(0, BLOCK_M)
+    first_cell = _cell(row_tile, 0, row_lo, cells_first, cells_growth) * (2 * BLOCK_M)
+    ws_ptrs = ws_ptr + unit.to(tl.int64) * stride_ws + first_cell + tl.arange(0, BLOCK_M)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     rest = tl.where(mask_m, 1.0, 0.0)  # rows beyond the end get no weight in the second pass
@@ -208,14 +207,14 @@ def _stick_breaking_dq_bwd_kernel(
     for i in tl.range(0, hi - full):
         acc, rest, far, dz_sum = _visit_for_dq(
             acc, rest, far, dz_sum, q, do, far_end, k_base, v_base, stride_kn, stride_vn,
-            k_offsets, v_offsets, rest_ptrs, far_ptrs, hi - 1 - i, cell_lo, limit, key_length,
+            k_offsets, v_offsets, ws_ptrs, hi - 1 - i, cell_lo, limit, key_length,
             window, scale_log2, bias_log2, mask_d, mask_dv, True, WINDOW, HAS_BIAS, PAD_D, PAD_DV,
             BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
         )  # fmt: skip
     for i in tl.range(0, full - lo_full):
         acc, rest, far, dz_sum = _visit_for_dq(
             acc, rest, far, dz_sum, q, do, far_end, k_base, v_base, stride_kn, stride_vn,
-            k_offsets, v_offsets, rest_ptrs, far_ptrs, full - 1 - i, cell_lo, limit, key_length,
+            k_offsets, v_offsets, ws_ptrs, full - 1 - i, cell_lo, limit, key_length,
             window, scale_log2, bias_log2, mask_d, mask_dv, False, WINDOW, HAS_BIAS, PAD_D, PAD_DV,
             BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
         )  # fmt: skip
@@ -223,7 +222,7 @@ def _stick_breaking_dq_bwd_kernel(
         for i in tl.range(0, lo_full - stop):
             acc, rest, far, dz_sum = _visit_for_dq(
                 acc, rest, far, dz_sum, q, do, far_end, k_base, v_base, stride_kn, stride_vn,
-                k_offsets, v_offsets, rest_ptrs, far_ptrs, lo_full - 1 - i, cell_lo, limit,
+                k_offsets, v_offsets, ws_ptrs, lo_full - 1 - i, cell_lo, limit,
                 key_length, window, scale_log2, bias_log2, mask_d, mask_dv, True, WINDOW, HAS_BIAS,
                 PAD_D, PAD_DV, BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
             )  # fmt: skip
@@ -324,7 +323,7 @@ def _column_bounds(
 
 @triton.jit
 def _visit_for_dkv(
-    dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far, first_tile, row_lo,
+    dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws, first_tile, row_lo,
     cells_first, cells_growth, m, tile, n_q, key_length, query_offset, window, scale_log2,
     bias_log2, offs_d, offs_dv,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, ATTEND_CURRENT: tl.constexpr,
@@ -337,8 +336,14 @@ def _visit_for_dkv(
     offs_m = m * BLOCK_M + inside
     mask_m = offs_m < n_q
     first_row = (m * BLOCK_M).to(tl.int64)
-    q_ptrs = q_base + first_row * stride_qn + (inside[:, None] * stride_qn + offs_d[None, :])
-    do_ptrs = do_base + first_row * stride_don + (inside[:, None] * stride_don + offs_dv[None, :])
+    # narrow: row offsets stay in registers across the loop; wide: there is no room for them
+    NARROW: tl.constexpr = k.shape[1] <= 64 and v.shape[1] <= 64
+    if NARROW:
+        q_ptrs = q_base + first_row * stride_qn + (inside[:, None] * stride_qn + offs_d[None, :])
+        do_ptrs = do_base + first_row * stride_don + (inside[:, None] * stride_don + offs_dv[None, :])
+    else:
+        q_ptrs = q_base + (first_row + inside)[:, None] * stride_qn + offs_d[None, :]
+        do_ptrs = do_base + (first_row + inside)[:, None] * stride_don + offs_dv[None, :]
     if MASKED:
         q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
         do = tl.load(do_ptrs, mask=mask_m[:, None] & (offs_dv < DV)[None, :], other=0.0)
@@ -354,9 +359,9 @@ def _visit_for_dkv(
     key_cell = tile
     if WINDOW:
         key_cell = tile - _window_start(m, query_offset, window, ATTEND_CURRENT, BLOCK_M, BLOCK_N)
-    cell = _cell(first_tile + m, key_cell, row_lo, cells_first, cells_growth) * BLOCK_M
-    rest = tl.load(ws_rest + cell + inside)
-    far = tl.load(ws_far + cell + inside)
+    cell = _cell(first_tile + m, key_cell, row_lo, cells_first, cells_growth) * (2 * BLOCK_M)
+    rest = tl.load(ws + cell + inside)
+    far = tl.load(ws + cell + BLOCK_M + inside)
     if UPCAST:
         q = q.to(tl.float32)
         do = do.to(tl.float32)
@@ -368,16 +373,20 @@ def _visit_for_dkv(
         keys = tile * BLOCK_N + _key_of_column()
         x = tl.where(_visible(limit, keys, key_length, WINDOW, window), x, float("-inf"))
     weights, beta, _ = _tile_replay(x, rest, k.dtype, BLOCK_M, APPROX)
-    dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # late: its registers come free late
+    # the order of the last three products decides how many registers live at once
+    if NARROW:
+        dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     dz, _ = _tile_gradient(weights, beta, dp, far, BLOCK_M)
+    if not NARROW:
+        dv = tl.dot(tl.trans(weights.to(k.dtype)), do, dv, input_precision=PRECISION)
     dk = tl.dot(tl.trans(dz.to(k.dtype)), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["unit_lo", "row_lo", "row_hi", "cells_first", "cells_growth", "add_to_previous"])
 def _stick_breaking_dkv_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, ws_rest_ptr, ws_far_ptr, list_ptr, count_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, ws_ptr, list_ptr, count_ptr,
     bias_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
@@ -456,8 +465,7 @@ def _stick_breaking_dkv_bwd_kernel(
         else:
             unit_ws = unit_kv * group + g
             unit_list = unit_ws
-        ws_rest = ws_rest_ptr + unit_ws.to(tl.int64) * stride_ws
-        ws_far = ws_far_ptr + unit_ws.to(tl.int64) * stride_ws
+        ws = ws_ptr + unit_ws.to(tl.int64) * stride_ws
         whole, edge = stop - full, end - stop
         list_base = list_ptr
         if LISTED:
@@ -472,7 +480,7 @@ def _stick_breaking_dkv_bwd_kernel(
             else:
                 m = tl.where(i < diagonal, m, stop + i - diagonal)
             dk, dv = _visit_for_dkv(
-                dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far, first_tile,
+                dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws, first_tile,
                 row_lo, cells_first, cells_growth, m, tile, n_q, key_length, query_offset, window,
                 scale_log2, bias_log2, offs_d, offs_dv, True, WINDOW, ATTEND_CURRENT, D, DV,
                 PAD_D, PAD_DV, BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
@@ -483,7 +491,7 @@ def _stick_breaking_dkv_bwd_kernel(
             else:
                 m = full + i
             dk, dv = _visit_for_dkv(
-                dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws_rest, ws_far, first_tile,
+                dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws, first_tile,
                 row_lo, cells_first, cells_growth, m, tile, n_q, key_length, query_offset, window,
                 scale_log2, bias_log2, offs_d, offs_dv, False, WINDOW, ATTEND_CURRENT, D, DV,
                 PAD_D, PAD_DV, BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
@@ -557,9 +565,14 @@ def plan_backward(
 def backward_configs(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Config, Config]:
     """Launch configurations of the dq and the dkv kernel; they share block_m with the forward."""
     block_m = forward_config(dtype, head_dim, value_dim).block_m
+    wide = max(head_dim, value_dim)
     if interpreting() or dtype is torch.float32:
         return Config(block_m, 4, 1), Config(block_m, 4, 1)
-    return Config(block_m, 8, 2), Config(block_m, 8, 2)
+    if wide > 128:
+        return Config(block_m, 8, 1), Config(block_m, 8, 1)
+    if wide > 64:
+        return Config(block_m, 8, 3), Config(block_m, 8, 2)
+    return Config(block_m, 4, 3), Config(block_m, 4, 3)
 
 
 def stick_backward(
@@ -633,9 +646,8 @@ def stick_backward(
     split = len(plan.row_ranges) > 1
     dk_sum = torch.empty(k.shape, dtype=torch.float32, device=k.device) if split else dk
     dv_sum = torch.empty(v.shape, dtype=torch.float32, device=v.device) if split else dv
-    stride_ws = plan.cells * block_m
-    ws_rest = q.new_empty((plan.units, stride_ws), dtype=torch.float32)
-    ws_far = torch.empty_like(ws_rest)
+    stride_ws = plan.cells * 2 * block_m
+    workspace = q.new_empty((plan.units, stride_ws), dtype=torch.float32)
     listed = early_stop is not None
     visitors = counts = None
     if listed:
@@ -664,7 +676,7 @@ def stick_backward(
             tiles = num_m if packed else row_hi - row_lo
             _stick_breaking_dq_bwd_kernel[(tiles * count * per_unit,)](
                 q, k, v, output, residual, grad_output, grad_log_rest, visited,
-                dq, partial_bias, ws_rest, ws_far, *tensors,
+                dq, partial_bias, workspace, *tensors,
                 *inputs, *bhn_strides(output, packed), *bhn_strides(grad_output, packed),
                 *log_strides, *bhn_strides(dq, packed), stride_ws,
                 *scales, *problem, heads, group, num_m, batch, unit_lo, row_lo, row_hi, *cells,
@@ -680,7 +692,7 @@ def stick_backward(
                     HAS_LENGTHS=key_lengths is not None, VARLEN=packed, num_warps=4,
                 )  # fmt: skip
             _stick_breaking_dkv_bwd_kernel[(num_n * (count // group) * per_unit,)](
-                q, k, v, grad_output, dk_sum, dv_sum, ws_rest, ws_far, visitors, counts, *tensors,
+                q, k, v, grad_output, dk_sum, dv_sum, workspace, visitors, counts, *tensors,
                 *inputs, *bhn_strides(grad_output, packed),
                 *bhn_strides(dk_sum, packed), *bhn_strides(dv_sum, packed), stride_ws,
                 *scales, *problem, kv_heads, group, num_m, num_n, batch,
