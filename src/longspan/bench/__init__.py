@@ -1,0 +1,1 @@
+"""Measuring: timing, memory, where it ran. No numbers without their origin."""
