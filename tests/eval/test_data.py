@@ -97,7 +97,7 @@ def test_archive_and_its_members(tmp_path):
 def test_cut_archive(tmp_path):
     path = write_archive(tmp_path / "books.tar.xz", {"a.txt": bytes(range(32, 127)) * 500})
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ConfigError, match="not a whole archive.*cut short: copy it again"):
+    with pytest.raises(ConfigError, match=r"not a whole archive.*cut short: copy it again"):
         load_text(path)
     (tmp_path / "b.txt.xz").write_bytes(b"not xz")
     with pytest.raises(ConfigError, match=r"b\.txt\.xz is not a whole archive"):
