@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-WINDOWS = [4, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+WINDOWS = [16, 32, 64, 96, 128, 192]
 MANY = [part for window in WINDOWS for part in ("--attention", f"window:window={window}")]
 
 

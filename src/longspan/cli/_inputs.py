@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
-from ._console import errors, step
+from ..errors import ConfigError, nearest_name
+from ._console import errors, progress_bar
 
 if TYPE_CHECKING:
     from ..eval.jobs import Subject
@@ -83,52 +83,78 @@ def check_device(device: str | None) -> Any:
     return wanted
 
 
+def check_dtype(dtype: str | None, device: Any) -> Any:
+    """The torch dtype of the weights: float32 on a CPU, bfloat16 elsewhere, unless asked for."""
+    import torch
+
+    allowed = ("float32", "bfloat16", "float16")
+    name = dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if name not in allowed:
+        raise ConfigError(f"--dtype: {name!r} came. {nearest_name(name, allowed)}")
+    return getattr(torch, name)
+
+
 def load_inputs(
     model: str,
     text: Path | None,
     *,
     num_tokens: int,
     device: str | None,
+    dtype: str | None = None,
     at: str = "--length",
 ) -> Inputs:
     """Read the text first (cheap to refuse), then the model, then take the first tokens.
 
     Args:
         model: name, folder or hub name, as `longspan.models.load` takes.
-        text: a UTF-8 file; default: the book in the package.
+        text: what `longspan.eval.data.load_text` takes; default: the book in the package.
         num_tokens: tokens to take from the start of the text.
-        device: where the model goes.
+        device, dtype: where and in which precision the model runs.
         at: the option that asked for `num_tokens`, for messages.
     """
     from ..eval.data import BOOKS, load_text, take_tokens
     from ..eval.jobs import Subject
-    from ..models import load
 
     document = load_text(text)
     where = check_device(device)
-    with step(f"loading {model}"):
-        loaded = load(model, device=where)
+    loaded = _load_model(model, where, check_dtype(dtype, where))
     try:
         tokens = take_tokens(document, loaded.tokenizer, num_tokens)
     except ConfigError as error:
         raise ConfigError(f"{at}: {num_tokens} came. {error}") from error
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and num_tokens > limit:
+    if loaded.max_length and num_tokens > loaded.max_length:
         errors.print(
-            f"note: {at} {num_tokens} is beyond the {limit} tokens this model was made for; "
-            "its losses grow there under exact attention, too."
+            f"note: {at} {num_tokens} is beyond the {loaded.max_length} tokens that this model was "
+            "made for; its losses grow there under exact attention, too."
         )
+    if loaded.notice:
+        errors.print(f"note: {loaded.notice}", soft_wrap=True)
     facts = {
         "model": loaded.name,
         "model_class": type(loaded.model).__name__,
+        "model_source": loaded.source,
+        "model_revision": loaded.revision,
+        "model_sha256": loaded.sha256,
         "num_parameters": sum(p.numel() for p in loaded.model.parameters()),
         "text": BOOKS.get(document.name, document.name),
         "text_sha256": document.sha256,
     }
-    subject = Subject(
-        model=loaded.model, tokens=tokens, facts=facts, notes={"command": command_line()}
-    )
+    notes = {"command": command_line(), "model_notice": loaded.notice}
+    subject = Subject(model=loaded.model, tokens=tokens, facts=facts, notes=notes)
     return Inputs(tokenizer=loaded.tokenizer, text=document.text, subject=subject)
+
+
+def _load_model(name: str, device: Any, dtype: Any) -> Any:
+    """Load with a spinner, and a bar with time left while something is downloaded."""
+    from ..models import load
+
+    with progress_bar() as bar:
+        task = bar.add_task(f"loading {name}", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        return load(name, device=device, dtype=dtype, progress=progress)
 
 
 def plan(attention: Sequence[str] | None, default: Sequence[str]) -> list[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..eval.jobs import Listener
-from ..eval.rows import RowFile
+from ..eval.rows import RowFile, read_rows
 from ._console import LineProgress, errors, progress_bar
 
 __all__ = ["INTERRUPTED", "Outcome", "run_lines"]
@@ -35,10 +35,15 @@ def run_lines(folder: Path, num_lines: int, work: Callable[[RowFile, Listener], 
     exit_code = 0
     with _store(folder) as rows, progress_bar() as bar:
         listener = LineProgress(bar, num_lines)
+        num_before = len(rows.rows)
         try:
             work(rows, listener)
         except KeyboardInterrupt:
             exit_code = INTERRUPTED
+            # A row may be on the disk whose end the listener has not been told.
+            known = {row["key"] for row in listener.rows}
+            new = read_rows(rows.path)[num_before:]
+            listener.rows += [row for row in new if row["key"] not in known]
     notes = list(listener.refused)
     if exit_code:
         state = f"Interrupted: {len(listener.rows)} of {num_lines} lines are finished and kept."

@@ -20,6 +20,7 @@ def compare(
     out: Path | None = None,
     quick: bool = False,
     device: str | None = None,
+    dtype: str | None = None,
 ) -> int:
     """Compare kinds of attention on one model and text: loss, speed, memory, agreement.
 
@@ -45,6 +46,8 @@ def compare(
         1024 tokens: about a minute on two cores.
     device
         cpu, cuda, cuda:1. Default: the first GPU if there is one.
+    dtype
+        float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU.
     """
     count = check_length("--length", length if length is not None else 1024 if quick else 4096)
     from ..eval.compare import compare as run_compare
@@ -53,7 +56,7 @@ def compare(
     from ._run import run_lines
 
     candidates = plan(attention, default_attentions(count))
-    inputs = load_inputs(model, text, num_tokens=count, device=device)
+    inputs = load_inputs(model, text, num_tokens=count, device=device, dtype=dtype)
     folder = run_folder(out, "compare", model, count)
     outcome = run_lines(
         folder,

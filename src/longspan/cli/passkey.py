@@ -22,6 +22,7 @@ def passkey(
     layers: str = "all",
     out: Path | None = None,
     device: str | None = None,
+    dtype: str | None = None,
 ) -> int:
     """Hide a pass key in a long prompt and ask for it.
 
@@ -47,6 +48,8 @@ def passkey(
         Folder of the run; the same folder again goes on where it stopped.
     device
         cpu, cuda, cuda:1.
+    dtype
+        float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU.
     """
     from ..eval.compare_plan import default_attentions
     from ..eval.jobs import passkey_jobs, run_jobs
@@ -59,7 +62,7 @@ def passkey(
     depth_list = numbers("--depths", depths, float)
     check_length("--trials", trials, least=1)
     candidates = plan(attention, default_attentions(max(length_list)))
-    inputs = load_inputs(model, text, num_tokens=2, device=device)
+    inputs = load_inputs(model, text, num_tokens=2, device=device, dtype=dtype)
     subject = inputs.subject
     jobs = passkey_jobs(
         subject,

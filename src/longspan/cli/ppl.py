@@ -24,6 +24,7 @@ def ppl(
     tail: int = 256,
     out: Path | None = None,
     device: str | None = None,
+    dtype: str | None = None,
 ) -> int:
     """Measure perplexity by number of patched layers, or loss on a tail by length of context.
 
@@ -52,6 +53,8 @@ def ppl(
         Folder of the run; the same folder again goes on where it stopped.
     device
         cpu, cuda, cuda:1.
+    dtype
+        float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU.
     """
     from ..eval.compare_plan import default_attentions
     from ..eval.jobs import perplexity_jobs, run_jobs, tail_jobs
@@ -67,7 +70,7 @@ def ppl(
         )
     needed = max(context_list) + tail if context_list else check_length("--tokens", tokens)
     candidates = plan(attention, default_attentions(window))
-    inputs = load_inputs(model, text, num_tokens=needed, device=device, at="--tokens")
+    inputs = load_inputs(model, text, num_tokens=needed, device=device, dtype=dtype, at="--tokens")
     subject = inputs.subject
     if context_list:
         jobs = tail_jobs(subject, candidates, context_list, tail=tail)

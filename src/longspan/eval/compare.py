@@ -39,6 +39,8 @@ from .statistics import bucket_edges, bucket_means, standard_error
 __all__ = ["compare"]
 
 _NUM_BUCKETS = 32
+_WARM_UP_TOKENS = 256
+_MAX_RUNS, _CHEAP_SECONDS = 3, 15.0  # the prefill is timed again while that is cheap
 _PREFILL_SHARE = 0.75  # of the work of one line, for progress; the rest is scoring
 
 
@@ -72,7 +74,9 @@ def compare(
 
     Semantics:
         prefill_seconds is the time of the model's body on all tokens at once (no cache is kept, no
-        logits are computed), median of prefill_runs. peak_bytes is the growth during that pass.
+        logits are computed), median of prefill_runs. cpu_share is the share of its threads' time
+        that the process got meanwhile (CPU only): far below 1, the machine was busy. peak_bytes is
+        the growth during that pass.
         visited_fraction averages over layers, patched or not; a sliding layer counts its window.
         loss_change_error is the standard error of the mean change over stretches of positions.
     """
@@ -100,6 +104,7 @@ def compare(
 class _Prefill:
     hidden: Tensor
     seconds: tuple[float, ...]
+    cpu_share: float | None
     peak_bytes: int | None
     peak_method: str
     calls: Mapping[str, int]
@@ -153,7 +158,7 @@ class _Run:
     def try_out(self, todo: Sequence[Candidate], *, skip_refused: bool) -> list[Candidate]:
         """Run each candidate on a few tokens: warms it up, and refuses before hours are spent."""
         accepted = []
-        few = self.ids if self.ids.device.type == "cuda" else self.ids[:, :64]
+        few = self.ids if self.ids.device.type == "cuda" else self.ids[:, :_WARM_UP_TOKENS]
         for candidate in todo:
             try:
                 with self.patched(candidate):
@@ -167,18 +172,21 @@ class _Run:
         return accepted
 
     def prefill(self, candidate: Candidate, *, repeats: bool) -> _Prefill:
-        """Time the body on all tokens; again, up to five times, where that is cheap."""
+        """Time the body on all tokens; again, up to three times, where that is cheap."""
         self.listener.begin(candidate.label)
         with self.patched(candidate) as report:
+            used = time.process_time()
             with PeakMemory(self.split.device) as memory:
                 hidden, first = self._timed(lambda share: self._advance(_PREFILL_SHARE * share))
             calls = dict(report.calls) if report is not None else {}
             seconds = [first]
-            while repeats and len(seconds) < 5 and sum(seconds) + first < 3.0:
+            while repeats and len(seconds) < _MAX_RUNS and sum(seconds) + first < _CHEAP_SECONDS:
                 seconds.append(self._timed(None)[1])
+            share = (time.process_time() - used) / (sum(seconds) * torch.get_num_threads())
             return _Prefill(
                 hidden=hidden,
                 seconds=tuple(seconds),
+                cpu_share=min(1.0, share) if self.split.device.type == "cpu" else None,
                 peak_bytes=memory.peak_bytes,
                 peak_method=memory.method,
                 calls=calls,
@@ -226,6 +234,7 @@ class _Run:
             "prefill_seconds": seconds,
             "prefill_runs": len(result.seconds),
             "prefill_ratio": seconds / reference,
+            "cpu_share": result.cpu_share,
             "peak_bytes": result.peak_bytes,
             "peak_method": result.peak_method,
             **self._visits(candidate, result),

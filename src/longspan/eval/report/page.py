@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 from ...errors import ConfigError
 from .columns import COLUMNS, headline
-from .numbers import bytes_text, count_text, ratio_text, seconds_text, signed_text, value_text
+from .numbers import (
+    bytes_text,
+    count_text,
+    percent_text,
+    ratio_text,
+    seconds_text,
+    signed_text,
+    value_text,
+)
 from .svg import NUM_COLOURS, Series, bar_plot, line_plot, scatter_plot
 
 __all__ = ["render_page", "write_page"]
@@ -24,7 +32,7 @@ Row = Mapping[str, Any]
 _RESULTS = {
     "key", "label", "mechanism", "config", "layers", "loss", "perplexity", "loss_change",
     "loss_change_error", "perplexity_ratio", "kl", "top1", "edges", "loss_by_position",
-    "kl_by_position", "prefill_seconds", "prefill_runs", "prefill_ratio", "peak_bytes",
+    "kl_by_position", "prefill_seconds", "prefill_runs", "prefill_ratio", "cpu_share", "peak_bytes",
     "peak_method", "visited_fraction", "num_patched_layers", "calls", "kind", "command", "time",
 }  # fmt: skip
 
@@ -263,6 +271,13 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         timing,
         f"Peak memory: {exact['peak_method']}.",
     ]
+    shares = [row["cpu_share"] for row in rows if row.get("cpu_share") is not None]
+    if shares and min(shares) < 0.8:
+        notes.append(
+            f"The machine was busy with other work: at its worst the process got "
+            f"{percent_text(min(shares))} of its threads' time. Take times and ratios with care, "
+            "or run again on an idle machine."
+        )
     for row in others:
         error = row["loss_change_error"]
         spread = f" ± {value_text(error, 2)}" if error is not None and math.isfinite(error) else ""
