@@ -33,7 +33,7 @@ def feed(sizes, q, k, v, *, state=None, **kwargs):
     for q_i, k_i, v_i in zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True):
         part = stick_breaking_attention_chunk(q_i, k_i, v_i, state, **kwargs)
         outputs.append(part.output)
-        state, kwargs = part.state, {n: x for n, x in kwargs.items() if n != "config"}
+        state, kwargs = part.final_state, {n: x for n, x in kwargs.items() if n != "config"}
     return torch.cat(outputs, 2), state
 
 
@@ -47,7 +47,7 @@ def test_chunks_of_any_size_equal_the_whole(impl, config, sizes):
     whole = stick_breaking_attention(q, k, v, config=config, **common)
     chunked, state = feed(sizes, q, k, v, config=config, **common)
     torch.testing.assert_close(chunked, whole, atol=3e-6, rtol=1e-5)
-    assert state.num_seen == 8
+    assert state.seen == 8
     if config.window is not None:
         assert state.num_cached == min(config.window - int(config.attend_current), 8)
 
@@ -129,12 +129,21 @@ def test_gradients_reach_earlier_chunks(gradients):
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
 
 
+def test_detach_cuts_the_gradient():
+    q, k, v = make_qkv(1, 2, 9, 4, dtype=torch.float64, requires_grad=True)
+    _, state = feed([5], q[:, :, :5], k[:, :, :5], v[:, :, :5])
+    outputs, _ = feed([4], q[:, :, 5:], k[:, :, 5:], v[:, :, 5:], state=state.detach())
+    (dk,) = torch.autograd.grad(outputs.sum(), k)
+    assert bool((dk[:, :, :5] == 0).all())
+    assert bool((dk[:, :, 5:8] != 0).any())
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_a_state_is_a_value_with_branches(window):
     config = StickBreakingConfig(window=window)
     q, k, v = make_qkv(1, 1, 700, 4)
     _, state = feed([5] * 60, q[:, :, :300], k[:, :, :300], v[:, :, :300], config=config)
-    kept = state.keys.clone()
+    kept = state.key.clone()
 
     def tokens(start, stop):
         return tuple(t[:, :, start:stop] for t in (q, k, v))
@@ -145,7 +154,7 @@ def test_a_state_is_a_value_with_branches(window):
     again, _ = feed([50], *tokens(300, 350), state=state)
     one = torch.cat((one, rest), 2)
     torch.testing.assert_close(one, again, atol=3e-6, rtol=1e-5)
-    assert torch.equal(state.keys, kept)
+    assert torch.equal(state.key, kept)
     assert not torch.allclose(one, other)
 
 
@@ -154,15 +163,15 @@ def test_growth_is_amortised_and_windows_bound_memory():
     state, memories = StickBreakingState(), set()
     held = []
     for _ in range(2000):
-        state = stick_breaking_attention_chunk(q, k, v, state).state
+        state = stick_breaking_attention_chunk(q, k, v, state).final_state
         held.append(state._buffer.memory)  # kept alive, so that ids stay distinct
         memories.add(id(state._buffer.memory))
     assert len(memories) < 12
     state = StickBreakingState(StickBreakingConfig(window=8))
     for _ in range(2000):
-        state = stick_breaking_attention_chunk(q, k, v, state).state
+        state = stick_breaking_attention_chunk(q, k, v, state).final_state
         assert state._buffer.memory.keys.shape[2] <= 512
-    assert (state.num_cached, state.num_seen) == (8, 2000)
+    assert (state.num_cached, state.seen) == (8, 2000)
 
 
 def test_save_load_reorder_crop(tmp_path):
@@ -171,7 +180,7 @@ def test_save_load_reorder_crop(tmp_path):
     _, state = feed([9, 6], q[:, :, :15], k[:, :, :15], v[:, :, :15], enable_gqa=True)
     state.save(tmp_path / "state.safetensors")
     loaded = StickBreakingState.load(tmp_path / "state.safetensors")
-    assert loaded.num_seen == 15
+    assert loaded.seen == 15
     rest, _ = feed([5], q[:, :, 15:], k[:, :, 15:], v[:, :, 15:], state=loaded, enable_gqa=True)
     torch.testing.assert_close(rest, whole[:, :, 15:], atol=1e-6, rtol=1e-5)
 
@@ -189,20 +198,20 @@ def test_save_load_reorder_crop(tmp_path):
         [8], q[:, :, 12:], k[:, :, 12:], v[:, :, 12:], state=cropped, enable_gqa=True
     )
     torch.testing.assert_close(again, whole[:, :, 12:], atol=1e-6, rtol=1e-5)
-    assert (cropped.num_seen, after.num_seen, state.num_seen) == (12, 20, 15)
+    assert (cropped.seen, after.seen, state.seen) == (12, 20, 15)
 
     empty = StickBreakingState(StickBreakingConfig(window=3))
     empty.save(tmp_path / "empty.safetensors")
     with pytest.raises(ConfigError, match="window is 3, not None"):
         StickBreakingState.load(tmp_path / "empty.safetensors")
     again = StickBreakingState.load(tmp_path / "empty.safetensors", empty.config)
-    assert again.num_seen == again.num_cached == 0
+    assert again.seen == again.num_cached == 0
 
 
 def test_refusals():
     q, k, v = make_qkv(1, 2, 12, 4)
     config = StickBreakingConfig(window=4)
-    state = stick_breaking_attention_chunk(q, k, v, config=config).state
+    state = stick_breaking_attention_chunk(q, k, v, config=config).final_state
     with pytest.raises(ConfigError, match="Leave config out"):
         stick_breaking_attention_chunk(q, k, v, state, config=StickBreakingConfig())
     with pytest.raises(ShapeError, match="query_offset"):

@@ -124,15 +124,15 @@ class StickBreakingAttention(nn.Module):
             state: what the call before returned; None starts a stream.
 
         Returns:
-            StickBreakingChunk(output (B, n, width), state).
+            StickBreakingChunk(output (B, n, width), final_state).
         """
         query, key, value = self.project(hidden)
         state = StickBreakingState(self.config) if state is None else state
         longer = state.append(key, value)
-        assert longer.keys is not None
-        assert longer.values is not None
+        assert longer.key is not None
+        assert longer.value is not None
         part = self._attend(
-            query, longer.keys, longer.values, query_offset=state.num_cached, key_lengths=None
+            query, longer.key, longer.value, query_offset=state.num_cached, key_lengths=None
         )
         return StickBreakingChunk(self._finish(part), longer.trim())
 

@@ -28,23 +28,23 @@ class StickBreakingState:
     A new state shares memory with the one it came from, and appending is amortised O(1) a token;
     continuing from an older state (another branch of a conversation) copies what is needed.
 
-    keys: (B, H_kv, C, D), the C cached keys, oldest first; None before the first chunk.
-    values: (B, H_kv, C, D_v).
-    num_seen: tokens seen since the start; more than C once a window dropped some.
+    key: (B, H_kv, C, D), the C cached keys, oldest first; None before the first chunk.
+    value: (B, H_kv, C, D_v).
+    seen: tokens seen since the start; more than C once a window dropped some.
     """
 
     def __init__(self, config: StickBreakingConfig = StickBreakingConfig()) -> None:
         self.config = config
-        self.num_seen = 0
+        self.seen = 0
         self._buffer: KeyValueBuffer | None = None
 
     @property
-    def keys(self) -> Tensor | None:
+    def key(self) -> Tensor | None:
         """(B, H_kv, C, D) or None."""
         return None if self._buffer is None else self._buffer.keys
 
     @property
-    def values(self) -> Tensor | None:
+    def value(self) -> Tensor | None:
         """(B, H_kv, C, D_v) or None."""
         return None if self._buffer is None else self._buffer.values
 
@@ -56,9 +56,9 @@ class StickBreakingState:
     def append(self, key: Tensor, value: Tensor) -> StickBreakingState:
         """The state after these tokens, (B, H_kv, n, D) and (B, H_kv, n, D_v), all of them held."""
         if self._buffer is None:
-            return self._with(KeyValueBuffer.of(key, value), self.num_seen + key.shape[2])
+            return self._with(KeyValueBuffer.of(key, value), self.seen + key.shape[2])
         self._check_fits(key, value)
-        return self._with(self._buffer.append(key, value), self.num_seen + key.shape[2])
+        return self._with(self._buffer.append(key, value), self.seen + key.shape[2])
 
     def trim(self) -> StickBreakingState:
         """Without the keys that no later query can see (those outside the window)."""
@@ -66,42 +66,49 @@ class StickBreakingState:
         if self._buffer is None or window is None:
             return self
         keep = window - int(self.config.attend_current)  # the query's own key is yet to come
-        return self._with(self._buffer.keep_last(keep), self.num_seen)
+        return self._with(self._buffer.keep_last(keep), self.seen)
+
+    def detach(self) -> StickBreakingState:
+        """The same state outside of the autograd graph (truncated backpropagation)."""
+        if self._buffer is None:
+            return self
+        buffer = KeyValueBuffer.of(self._buffer.keys.detach(), self._buffer.values.detach())
+        return self._with(buffer, self.seen)
 
     def reorder(self, index: Tensor) -> StickBreakingState:
         """Batch entries `index` (any length, repeats allowed), as beam search needs."""
         if self._buffer is None:
             return self
-        return self._with(self._buffer.select(index), self.num_seen)
+        return self._with(self._buffer.select(index), self.seen)
 
-    def crop(self, num_seen: int) -> StickBreakingState:
-        """The state as it was after the first `num_seen` tokens (rejected speculation).
+    def crop(self, seen: int) -> StickBreakingState:
+        """The state as it was after the first `seen` tokens (rejected speculation).
 
         Raises:
             ConfigError: more tokens than were seen, or the window already dropped keys that
                 the shorter state needs.
         """
-        drop = self.num_seen - num_seen
-        if num_seen < 0 or drop < 0 or drop > self.num_cached:
+        drop = self.seen - seen
+        if seen < 0 or drop < 0 or drop > self.num_cached:
             raise ConfigError(
-                f"StickBreakingState.crop: num_seen is {num_seen}; allowed is "
-                f"{self.num_seen - self.num_cached} to {self.num_seen}. Keep an earlier state."
+                f"StickBreakingState.crop: seen is {seen}; allowed is "
+                f"{self.seen - self.num_cached} to {self.seen}. Keep an earlier state."
             )
         window = self.config.window
-        needed = 0 if window is None else min(num_seen, window - int(self.config.attend_current))
+        needed = 0 if window is None else min(seen, window - int(self.config.attend_current))
         if self.num_cached - drop < needed:
             raise ConfigError(
-                f"StickBreakingState.crop: num_seen is {num_seen}, but the window of {window} has "
+                f"StickBreakingState.crop: seen is {seen}, but the window of {window} has "
                 "dropped keys that this state needs. Keep an earlier state."
             )
         if self._buffer is None or drop == 0:
             return self
-        return self._with(self._buffer.drop_last(drop), num_seen)
+        return self._with(self._buffer.drop_last(drop), seen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file; it appears whole or not at all."""
-        tensors = {} if self._buffer is None else {"keys": self.keys, "values": self.values}
-        save_state(path, "StickBreakingState", self.config, tensors, {"num_seen": self.num_seen})  # type: ignore[arg-type]
+        tensors = {} if self._buffer is None else {"key": self.key, "value": self.value}
+        save_state(path, "StickBreakingState", self.config, tensors, {"seen": self.seen})  # type: ignore[arg-type]
 
     @classmethod
     def load(
@@ -119,18 +126,18 @@ class StickBreakingState:
         """
         tensors, numbers = load_state(path, "StickBreakingState", config, device=device)
         state = cls(config)
-        state.num_seen = numbers["num_seen"]
+        state.seen = numbers["seen"]
         if tensors:
-            state._buffer = KeyValueBuffer.of(tensors["keys"], tensors["values"])
+            state._buffer = KeyValueBuffer.of(tensors["key"], tensors["value"])
         return state
 
-    def _with(self, buffer: KeyValueBuffer, num_seen: int) -> StickBreakingState:
+    def _with(self, buffer: KeyValueBuffer, seen: int) -> StickBreakingState:
         state = StickBreakingState(self.config)
-        state._buffer, state.num_seen = buffer, num_seen
+        state._buffer, state.seen = buffer, seen
         return state
 
     def _check_fits(self, key: Tensor, value: Tensor) -> None:
-        for label, held, new in (("key", self.keys, key), ("value", self.values, value)):
+        for label, held, new in (("key", self.key, key), ("value", self.value, value)):
             assert held is not None
             alike = (*held.shape[:2], held.shape[3]) == (*new.shape[:2], new.shape[3])
             if not alike or held.dtype != new.dtype or held.device != new.device:
@@ -142,10 +149,10 @@ class StickBreakingState:
 
 
 class StickBreakingChunk(NamedTuple):
-    """output: (B, H, n, D_v) of this chunk; state: to be passed with the next chunk."""
+    """output: (B, H, n, D_v) of this chunk; final_state: to be passed with the next."""
 
     output: Tensor
-    state: StickBreakingState
+    final_state: StickBreakingState
 
 
 def stick_breaking_attention_chunk(
@@ -171,7 +178,7 @@ def stick_breaking_attention_chunk(
         config: for the first chunk; later ones take it from `state`.
 
     Returns:
-        StickBreakingChunk(output, state). The state passed in is not changed and may be used
+        StickBreakingChunk(output, final_state). The state passed in is not changed and may be used
         again, e.g. for another continuation.
 
     Raises:
@@ -191,7 +198,7 @@ def stick_breaking_attention_chunk(
         >>> q = torch.randn(1, 2, 6, 16)
         >>> a, b = q[:, :, :5], q[:, :, 5:]
         >>> first = stick_breaking_attention_chunk(a, a, a)
-        >>> last = stick_breaking_attention_chunk(b, b, b, first.state)
+        >>> last = stick_breaking_attention_chunk(b, b, b, first.final_state)
         >>> torch.allclose(last.output, stick_breaking_attention(q, q, q)[:, :, 5:], atol=1e-6)
         True
     """
@@ -210,12 +217,12 @@ def stick_breaking_attention_chunk(
         )
     offset = state.num_cached
     longer = state.append(key, value)
-    assert longer.keys is not None
-    assert longer.values is not None
+    assert longer.key is not None
+    assert longer.value is not None
     output = stick_breaking_attention(
         query,
-        longer.keys,
-        longer.values,
+        longer.key,
+        longer.value,
         is_causal=True,
         scale=scale,
         enable_gqa=enable_gqa,
