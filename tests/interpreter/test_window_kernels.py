@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from window_cases import CASES, Case, assert_matches_reference, attend
 
 from longspan import (
     WindowConfig,
@@ -16,6 +15,7 @@ from longspan import (
 from longspan.testing import make_qkv
 from longspan.window import window_attention_chunk
 from longspan.window.ops import window_fwd
+from window_cases import CASES, Case, assert_matches_reference, attend
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -24,7 +24,9 @@ def test_float32(case, nan_scratch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES[6:8] + CASES[18:19] + CASES[24:28] + CASES[29:30], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case", CASES[6:8] + CASES[18:19] + CASES[24:28] + CASES[29:30], ids=lambda c: c.id
+)
 def test_half_precision(case, dtype, nan_scratch):
     assert_matches_reference(case, "triton", dtype)
 
