@@ -57,7 +57,7 @@ _LAZY = {
     "WindowConfig": "window.config",
     "WindowState": "window.state",
 }
-_SUBMODULES = ("mechanisms", "testing")
+_SUBMODULES = ("hf", "mechanisms", "testing")
 
 __all__ = [
     "AttentionOutput",
