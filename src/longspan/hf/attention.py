@@ -14,6 +14,7 @@ from ..errors import LongspanWarning, UnsupportedError
 from ..exact.config import ExactConfig
 from ..mechanisms import get_mechanism
 from ..window.config import WindowConfig
+from .cache_layer import holder_of
 from .calls import Request, run_dense, run_masked, run_packed
 from .compat import context_parallel_reason
 from .masks import Layout, layout_of_bounds, layout_of_documents, longspan_mask
@@ -78,7 +79,10 @@ def longspan_attention(
     if sliding_window is not None and not custom:  # a 4-D mask holds the window already
         route = _within_window(route, sliding_window, key.shape[2])
     request = Request(module, route, query, key, value, scaling)
-    if custom:
+    holder = holder_of(key)
+    if holder is not None and attention_mask is not None and not custom:
+        attention_mask = holder.mask_of_keys(attention_mask)
+    if attention_mask is not None and custom:
         output = _run_custom(request, attention_mask, dropout)
     elif attention_mask is not None:
         _refuse_dropout(route, dropout, "a padded batch")
@@ -90,10 +94,12 @@ def longspan_attention(
         else:
             _refuse_dropout(route, dropout, "packed documents")
             output = run_packed(request, layout)
+    if holder is not None:
+        holder.trim(None if custom else attention_mask)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _run_custom(request: Request, attention_mask: Tensor | None, dropout: float) -> Tensor:
+def _run_custom(request: Request, attention_mask: Tensor, dropout: float) -> Tensor:
     route = request.route
     if not route.mechanism.is_exact:
         raise UnsupportedError(
@@ -101,12 +107,11 @@ def _run_custom(request: Request, attention_mask: Tensor | None, dropout: float)
             " Patched layers take a 2-D padding mask (B, N), packed position_ids, or none. Pass "
             "one of these, or leave the layer unpatched."
         )
-    mask = attention_mask.to(request.query.device) if attention_mask is not None else None
     function = get_mechanism("exact").function
     n_q, n_k = request.query.shape[2], request.key.shape[2]
     route.count(((n_q, n_k),) * request.query.shape[0])
     return function(  # type: ignore[no-any-return]
-        request.query, request.key, request.value, mask, dropout, False,
+        request.query, request.key, request.value, attention_mask, dropout, False,
         scale=request.scale, enable_gqa=True,
     )  # fmt: skip
 

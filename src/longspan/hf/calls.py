@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..exact.config import ExactConfig
 from ..mechanisms import get_mechanism
 from ..window.config import WindowConfig
 from .masks import Layout, layout_of_mask
@@ -85,14 +86,14 @@ def run_packed(request: Request, layout: Layout) -> Tensor:
         return request.query.new_zeros(batch, heads, n_q, request.value.shape[3])
     key = _pick(_flat(request.key), layout.key_index)
     value = _pick(_flat(request.value), layout.key_index)
-    output = _varlen(
+    output: Tensor = _varlen(
         request, query, key, value, layout.cu_seqlens_q, layout.cu_seqlens_k,
         layout.max_seqlen_q, layout.max_seqlen_k,
     )  # fmt: skip
     if layout.query_index is not None:
         empty = output.new_zeros(batch * n_q, *output.shape[1:])
         output = empty.index_copy(0, layout.query_index, output)
-    return output.unflatten(0, (batch, n_q)).transpose(1, 2)
+    return output.reshape(batch, n_q, *output.shape[1:]).transpose(1, 2)
 
 
 def _run_aligned(request: Request, mask: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def _run_fixed_shapes(request: Request, query_mask: Tensor, key_mask: Tensor) ->
     key, value = (_flat(_take(t, key_order)) for t in (request.key, request.value))
     bounds = [_bounds(mask) for mask in (query_mask, key_mask)]
     output = _varlen(request, query, key, value, bounds[0], bounds[1], n_q, n_k)
-    output = output.unflatten(0, (batch, n_q)).transpose(1, 2)
+    output = output.reshape(batch, n_q, *output.shape[1:]).transpose(1, 2)
     return _put_back(output, query_order, query_mask)
 
 
@@ -136,12 +137,11 @@ def _varlen(
         )
     function = route.function_varlen
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    if torch.compiler.is_compiling() and route.mechanism.name == "exact" and not half:
+    if isinstance(route.config, ExactConfig) and torch.compiler.is_compiling() and not half:
         # Torch has no packed kernel for these inputs, and reading the bounds breaks the graph;
         # a window over everything is exact attention, by an operator that tracing can follow.
-        if not isinstance(route.config, WindowConfig):
-            function = get_mechanism("window").function_varlen
-            arguments["config"] = WindowConfig(window=longest_k, num_sinks=0)
+        function = get_mechanism("window").function_varlen
+        arguments["config"] = WindowConfig(window=longest_k, num_sinks=0)
     return _tensor(function(query, key, value, cu_q, cu_k, longest_q, longest_k, **arguments))
 
 

@@ -15,12 +15,12 @@ __all__ = ["AttentionLayer", "attention_layers"]
 class AttentionLayer(NamedTuple):
     """One attention layer.
 
-    index: 0 for the first attention layer of the model, and so on.
+    order: 0 for the first attention layer of the model, and so on.
     name: path of the module in the model.
     is_sliding: the model itself lets it see only a window or a chunk of the keys.
     """
 
-    index: int
+    order: int
     name: str
     module: nn.Module
     is_sliding: bool
@@ -77,7 +77,7 @@ def _check_owner(owner: nn.Module) -> None:
 def _is_sliding(module: Any) -> bool:
     types = getattr(module.config, "layer_types", None)
     if types is not None and module.layer_idx < len(types):
-        return types[module.layer_idx] != "full_attention"
+        return bool(types[module.layer_idx] != "full_attention")
     if hasattr(module, "sliding_window"):
         return module.sliding_window is not None
     return getattr(module.config, "sliding_window", None) is not None

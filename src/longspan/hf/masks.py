@@ -167,7 +167,8 @@ def layout_of_bounds(
         sides = (cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
         lengths = tuple(zip(*sides, strict=True))
         max_seqlen_q, max_seqlen_k = max(sides[0]), max(sides[1])
-    assert max_seqlen_q is not None and max_seqlen_k is not None, "bounds are needed to compile"
+    assert max_seqlen_q is not None, "tracing cannot read the longest sequence from a tensor"
+    assert max_seqlen_k is not None, "tracing cannot read the longest sequence from a tensor"
     return Layout(
         None, None, cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32),
         max_seqlen_q, max_seqlen_k, lengths,

@@ -74,7 +74,7 @@ def patch(
         )
     if isinstance(config, str):
         config = parse_config(config)
-    sliding = [layer.index for layer in found if layer.is_sliding]
+    sliding = [layer.order for layer in found if layer.is_sliding]
     if isinstance(config, LayerPlan):
         plan = LayerPlan.build(dict(config.configs), None, len(found), sliding)
     else:
@@ -222,7 +222,7 @@ class Patch:
 def patch_of(model: nn.Module) -> dict[int, tuple[AttentionLayer, Route]] | None:
     """Layer index -> (layer, route) of a patched model; None if it is not patched."""
     routes = {
-        layer.index: (layer, getattr(layer.module, ROUTE))
+        layer.order: (layer, getattr(layer.module, ROUTE))
         for layer in attention_layers(model)
         if hasattr(layer.module, ROUTE)
     }
@@ -230,15 +230,15 @@ def patch_of(model: nn.Module) -> dict[int, tuple[AttentionLayer, Route]] | None
 
 
 def _route(layer: AttentionLayer, plan: LayerPlan, settings: dict[str, Any]) -> Route:
-    if layer.index in plan.configs:
-        config = plan.configs[layer.index]
+    if layer.order in plan.configs:
+        config = plan.configs[layer.order]
         return Route.to(
-            mechanism_of_config(config), config, layer=layer.index, name=layer.name,
+            mechanism_of_config(config), config, layer=layer.order, name=layer.name,
             settings=settings,
         )  # fmt: skip
     reason = "sliding window" if layer.is_sliding else "not selected"
     return Route.to(
-        get_mechanism("exact"), ExactConfig(), layer=layer.index, name=layer.name, reason=reason
+        get_mechanism("exact"), ExactConfig(), layer=layer.order, name=layer.name, reason=reason
     )
 
 

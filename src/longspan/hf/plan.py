@@ -118,12 +118,13 @@ def select_layers(
         if head in ("first", "last"):
             number = _count(selection, count, len(full))
             return full[:number] if head == "first" else full[len(full) - number :]
+        text = selection
         try:
-            selection = [int(part) for part in selection.split(",")]
+            selection = [int(part) for part in text.split(",")]
         except ValueError:
             raise ConfigError(
-                f"layers: {selection!r} is not known. Allowed: {_SELECTIONS}. "
-                + nearest_name(selection, ["all", "global", "every", "first:4", "last:4"])
+                f"layers: {text!r} is not known. Allowed: {_SELECTIONS}. "
+                + nearest_name(text, ["all", "global", "every", "first:4", "last:4"])
             ) from None
     numbers = [selection] if isinstance(selection, int) else list(selection)
     for number in numbers:
