@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -48,5 +50,6 @@ def make_cache(model: nn.Module) -> Cache:
         if route.reason is not None or attention.is_sliding or not hasattr(state, "kept_keys"):
             continue
         first, recent = state.kept_keys(route.config)  # type: ignore[union-attr]
-        layers[attention.module.layer_idx] = BoundedLayer(first, recent)
+        position = cast(int, attention.module.layer_idx)
+        layers[position] = BoundedLayer(first, recent)
     return Cache(layers=layers)

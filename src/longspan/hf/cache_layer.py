@@ -36,13 +36,15 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.num_first = num_first
         self.num_recent = num_recent
         self.seen = 0
-        self.columns: Tensor | None = None  # (B or 1, K): which tokens the keys belong to
+        self.keys: Any = None
+        self.values: Any = None
+        self.columns = torch.zeros((1, 0), dtype=torch.int64)  # (B or 1, K): tokens of the keys
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start empty, with the dtype and device of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.columns = torch.zeros((1, 0), dtype=torch.int64, device=self.device)
+        self.columns = self.columns.to(self.device)
         self.is_initialized = True
 
     def update(
@@ -56,7 +58,6 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.columns is not None, "columns exist once initialized"
         count = key_states.shape[2]
         new = torch.arange(self.seen, self.seen + count, device=self.columns.device)
         self.columns = torch.cat((self.columns, new.expand(self.columns.shape[0], -1)), dim=1)
@@ -68,12 +69,10 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def mask_of_keys(self, mask: Tensor) -> Tensor:
         """(B, K) of a mask over all tokens seen (B, seen): the columns of the keys held now."""
-        assert self.columns is not None, "called after update"
         return mask.gather(1, self.columns.expand(mask.shape[0], -1))
 
     def trim(self, key_mask: Tensor | None) -> None:
         """Drop what no later query can see. key_mask: (B, K), True for real tokens; None: all."""
-        assert self.keys is not None and self.values is not None and self.columns is not None
         self.keys.__dict__.pop(_HOLDER, None)  # a tensor that points at its owner is never freed
         limit, held = self.num_first + self.num_recent, self.keys.shape[2]
         if held <= limit:
@@ -103,7 +102,8 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.columns = None
+        self.keys = self.values = None
+        self.columns = self.columns[:1, :0]
         self.is_initialized = False
         self.seen = 0
 
@@ -115,7 +115,6 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        assert self.keys is not None and self.values is not None and self.columns is not None
         if tokens_to_remove > 0 or self.keys.shape[2] < self.seen:
             raise UnsupportedError(
                 f"crop: this layer holds {self.keys.shape[2]} of the {self.seen} tokens it saw, "
@@ -142,7 +141,6 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _rows(self, change: Any) -> None:
         if not self.is_initialized:
             return
-        assert self.keys is not None and self.values is not None and self.columns is not None
         self.keys, self.values = change(self.keys), change(self.values)
         if self.columns.shape[0] > 1:
             self.columns = change(self.columns)

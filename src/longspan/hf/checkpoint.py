@@ -23,8 +23,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the patch of a model: `longspan_adapter.json` and, if it learns any, its parameters.
 
     The JSON holds format, model type, number of layers, settings of every patched layer and the
-    keyword arguments of the patch; `longspan_adapter.safetensors` the added parameters, under the
-    path of their module. The model's own weights are not saved; use `save_pretrained` for them.
+    keyword arguments of the patch; `longspan_adapter.safetensors` the added parameters, named by
+    layer and keyword. The model's own weights are not saved; use `save_pretrained` for them.
 
     Args:
         model: a patched model.
@@ -145,11 +145,11 @@ def _load_parameters(model: nn.Module, folder: Path) -> None:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Added parameters, by the path of the module and the name of the parameter."""
+    """Added parameters, named so that wrappers such as peft's change nothing."""
     return {
-        f"{layer.name}.{name}": getattr(layer.module, name)
-        for layer, route in (patch_of(model) or {}).values()
-        for name in route.parameters.values()
+        f"layers.{index}.{keyword}": getattr(layer.module, name)
+        for index, (layer, route) in (patch_of(model) or {}).items()
+        for keyword, name in route.parameters.items()
     }
 
 
