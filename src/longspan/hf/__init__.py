@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .attention import IMPLEMENTATION, register
     from .cache import make_cache
     from .checkpoint import load_adapter, save_adapter
-    from .patch import Patch, patch
+    from .patching import Patch, patch
     from .plan import LayerPlan, format_config, parse_config
     from .report import LayerReport
 
@@ -28,8 +28,8 @@ _LAZY = {
     "make_cache": "cache",
     "load_adapter": "checkpoint",
     "save_adapter": "checkpoint",
-    "Patch": "patch",
-    "patch": "patch",
+    "Patch": "patching",
+    "patch": "patching",
     "LayerPlan": "plan",
     "format_config": "plan",
     "parse_config": "plan",

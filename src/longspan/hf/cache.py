@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import PatchError
 from .cache_layer import BoundedLayer
-from .patch import patch_of
+from .patching import patch_of
 
 __all__ = ["make_cache"]
 

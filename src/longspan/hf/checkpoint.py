@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError, PatchError
-from .patch import Patch, patch, patch_of
+from .patching import Patch, patch, patch_of
 from .plan import LayerPlan, config_from_dict, config_to_dict
 
 __all__ = ["load_adapter", "save_adapter"]
