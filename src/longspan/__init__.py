@@ -57,7 +57,7 @@ _LAZY = {
     "WindowConfig": "window.config",
     "WindowState": "window.state",
 }
-_SUBMODULES = ("mechanisms", "models", "testing")
+_SUBMODULES = ("hf", "mechanisms", "models", "testing")
 
 __all__ = [
     "AttentionOutput",
