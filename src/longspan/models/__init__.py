@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .download import DownloadError, fetch
+    from .generation import generate
     from .loader import LoadedModel, load
     from .registry import MODELS, ModelInfo, ModelRow, cache_folder, list_models
+    from .transformer import Transformer, TransformerOutput, TransformerState, next_token_loss
+    from .transformer_config import TransformerConfig
 
 _LAZY = {
     "DownloadError": "download",
@@ -19,10 +22,16 @@ _LAZY = {
     "MODELS": "registry",
     "ModelInfo": "registry",
     "ModelRow": "registry",
+    "Transformer": "transformer",
+    "TransformerConfig": "transformer_config",
+    "TransformerOutput": "transformer",
+    "TransformerState": "transformer",
     "cache_folder": "registry",
     "fetch": "download",
+    "generate": "generation",
     "list_models": "registry",
     "load": "loader",
+    "next_token_loss": "transformer",
 }
 
 __all__ = [
@@ -31,10 +40,16 @@ __all__ = [
     "LoadedModel",
     "ModelInfo",
     "ModelRow",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerOutput",
+    "TransformerState",
     "cache_folder",
     "fetch",
+    "generate",
     "list_models",
     "load",
+    "next_token_loss",
 ]
 
 
