@@ -80,7 +80,7 @@ _LAZY = {
     "WindowConfig": "window.config",
     "WindowState": "window.state",
 }
-_SUBMODULES = ("mechanisms", "models", "nn", "testing")
+_SUBMODULES = ("hf", "mechanisms", "models", "nn", "testing")
 
 __all__ = [
     "AttentionOutput",

@@ -9,7 +9,6 @@ from longspan.eval.compare_plan import (
     COMPARE_DEFAULTS,
     default_attentions,
     plan_candidates,
-    sliding_share,
 )
 from longspan.eval.jobs import (
     Subject,
@@ -19,6 +18,7 @@ from longspan.eval.jobs import (
     run_jobs,
     tail_jobs,
 )
+from longspan.eval.layers import sliding_share
 from longspan.eval.perplexity import perplexity
 from longspan.eval.rows import RowFile
 from longspan.mechanisms import MECHANISMS

@@ -112,6 +112,16 @@ def test_alibi_packed_equals_apart():
     torch.testing.assert_close(found, apart, rtol=1e-4, atol=1e-4)
 
 
+def test_alibi_packed_keeps_its_precision_far_along():
+    count, length = 600, 100
+    one = make_qkv(heads=2, n_q=length, head_dim=8)
+    packed = [x[0].transpose(0, 1).repeat(count, 1, 1) for x in one]
+    cu = torch.arange(count + 1, dtype=torch.int32) * length
+    found = alibi_attention(*packed, cu_seqlens=cu, max_seqlen=length)
+    last = found[-length:].transpose(0, 1)[None]
+    torch.testing.assert_close(last, alibi_attention(*one), rtol=1e-5, atol=1e-5)
+
+
 def test_alibi_gradients():
     q, k, v = make_qkv(heads=2, n_q=20, head_dim=4, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

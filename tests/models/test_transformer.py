@@ -183,6 +183,15 @@ def test_same_seed_same_weights():
     assert not torch.equal(states[0]["embedding.weight"], states[2]["embedding.weight"])
 
 
+def test_what_writes_to_the_residual_stream_starts_smaller():
+    model = Transformer(TransformerConfig(vocab_size=500, width=128, layers=8, heads=2))
+    block = model.blocks[0]
+    for weight in (block.attention.out.weight, block.mlp.down.weight):
+        assert weight.std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05)
+    for weight in (block.attention.query.weight, block.mlp.up.weight, model.embedding.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_number_of_parameters():
     config = TransformerConfig(
         vocab_size=100, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48
@@ -347,6 +356,20 @@ def test_mechanism_with_parameters_of_its_own_is_refused(monkeypatch):
     monkeypatch.setattr(mechanism, "function", property(lambda self: function))
     with pytest.raises(UnsupportedError, match="needs gate"):
         CausalAttention(ExactConfig(), positions="rope", seed=0, impl="auto")
+
+
+def test_mechanisms_with_random_inputs_get_a_seed_per_layer(monkeypatch):
+    seen = []
+
+    def function(query, key, value, *, is_causal, enable_gqa, query_offset, config, impl, seed=9):
+        seen.append(seed)
+        return query
+
+    mechanism = type(MECHANISMS["exact"])
+    monkeypatch.setattr(mechanism, "function", property(lambda self: function))
+    config = TransformerConfig(vocab_size=50, width=32, layers=3, heads=2, attention_seed=4)
+    Transformer(config)(tokens(1, 5))
+    assert seen == [4, 5, 6]
 
 
 def test_named_impl_runs_or_raises():

@@ -58,6 +58,7 @@ def ppl(
     """
     from ..eval.compare_plan import default_attentions
     from ..eval.jobs import perplexity_jobs, run_jobs, tail_jobs
+    from ..eval.layers import count_full_layers
     from ..eval.report.terminal import perplexity_table, tail_table
     from ._run import run_lines
 
@@ -76,7 +77,7 @@ def ppl(
         jobs = tail_jobs(subject, candidates, context_list, tail=tail)
         table = tail_table
     else:
-        total = int(subject.model.config.get_text_config().num_hidden_layers)
+        total = count_full_layers(subject.model)
         jobs = perplexity_jobs(
             subject,
             candidates,

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import ConfigError, LongspanError
-from ..mechanisms import get_mechanism
-from .compare_plan import Candidate, sliding_share
+from .compare_plan import Candidate
 from .jobs import Listener, SilentListener, Subject, patched_model
+from .layers import own_shares, patched_shares
 from .memory import PeakMemory
 from .perplexity import exp_or_inf
 from .rows import RowFile, provenance, settings_key
@@ -107,8 +107,9 @@ class _Prefill:
     cpu_share: float | None
     peak_bytes: int | None
     peak_method: str
-    calls: Mapping[str, int]
-    patched_layers: tuple[int, ...]
+    visited: Mapping[int, float]  # of each patched layer
+    approximate_calls: int
+    exact_calls: int
 
 
 class _Run:
@@ -178,7 +179,6 @@ class _Run:
             used = time.process_time()
             with PeakMemory(self.split.device) as memory:
                 hidden, first = self._timed(lambda share: self._advance(_PREFILL_SHARE * share))
-            calls = dict(report.calls) if report is not None else {}
             seconds = [first]
             while repeats and len(seconds) < _MAX_RUNS and sum(seconds) + first < _CHEAP_SECONDS:
                 seconds.append(self._timed(None)[1])
@@ -189,8 +189,9 @@ class _Run:
                 cpu_share=min(1.0, share) if self.split.device.type == "cpu" else None,
                 peak_bytes=memory.peak_bytes,
                 peak_method=memory.method,
-                calls=calls,
-                patched_layers=tuple(report.layers) if report is not None else (),
+                visited=patched_shares(report),
+                approximate_calls=report.approximate_calls if report is not None else 0,
+                exact_calls=report.exact_calls if report is not None else 0,
             )
 
     def _advance(self, share: float) -> None:
@@ -237,7 +238,7 @@ class _Run:
             "cpu_share": result.cpu_share,
             "peak_bytes": result.peak_bytes,
             "peak_method": result.peak_method,
-            **self._visits(candidate, result),
+            **self._visits(result),
             **provenance(self.split.device),
             **self.notes,
         }
@@ -271,27 +272,13 @@ class _Run:
             "kl_by_position": kl_means,
         }
 
-    def _visits(self, candidate: Candidate, result: _Prefill) -> dict[str, Any]:
-        config = self.model.config.get_text_config()
-        total = int(config.num_hidden_layers)
-        types = getattr(config, "layer_types", None) or ["full_attention"] * total
-        window = getattr(config, "sliding_window", None)
-        share = 1.0
-        if candidate.config is not None:
-            share = get_mechanism(candidate.mechanism).visited_fraction(
-                candidate.config, self.length, self.length, is_causal=True, query_offset=0
-            )
-        fractions = []
-        for index in range(total):
-            if index in result.patched_layers:
-                fractions.append(share)
-            elif types[index] == "sliding_attention" and window:
-                fractions.append(sliding_share(self.length, window))
-            else:
-                fractions.append(1.0)
+    def _visits(self, result: _Prefill) -> dict[str, Any]:
+        own = own_shares(self.model, self.length)
+        shares = {**own, **result.visited} if own else {}
         return {
-            "visited_fraction": sum(fractions) / total,
-            "num_layers": total,
-            "num_patched_layers": len(result.patched_layers),
-            "calls": dict(result.calls),
+            "visited_fraction": sum(shares.values()) / len(shares) if shares else None,
+            "num_layers": len(shares),
+            "num_patched_layers": len(result.visited),
+            "approximate_calls": result.approximate_calls,
+            "exact_calls": result.exact_calls,
         }

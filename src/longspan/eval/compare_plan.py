@@ -15,7 +15,6 @@ __all__ = [
     "Candidate",
     "default_attentions",
     "plan_candidates",
-    "sliding_share",
 ]
 
 # Settings that a comparison shows when none are asked for, as a function of the length: mechanism
@@ -82,10 +81,3 @@ def plan_candidates(specs: Sequence[str]) -> list[Candidate]:
             )
         candidates.append(Candidate(label=label, mechanism=mechanism.name, config=config))
     return candidates
-
-
-def sliding_share(length: int, window: int) -> float:
-    """Share of the causal scores of `length` tokens inside a window that counts the query."""
-    width = min(window, length)
-    visited = width * (width + 1) // 2 + (length - width) * width
-    return visited / (length * (length + 1) // 2)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from .. import __version__
 from ..errors import ConfigError
 from .compare_plan import Candidate
+from .layers import count_full_layers
 from .passkey import run_cell
 from .perplexity import perplexity
 from .rows import RowFile, provenance, settings_key
@@ -160,11 +161,11 @@ def perplexity_jobs(
         ConfigError: a number that is negative or beyond the model's layers.
     """
     split = SplitModel(subject.model)
-    total = int(subject.model.config.get_text_config().num_hidden_layers)
+    total = count_full_layers(subject.model)
     for count in patched:
         if not 0 <= count <= total:
             raise ConfigError(
-                f"patched: {count} came. Allowed: 0 .. {total}, the layers of this model. "
+                f"patched: {count} came. Allowed: 0 .. {total}, the full-attention layers. "
                 "Pass numbers of layers, counted from the last."
             )
 

@@ -19,7 +19,10 @@ from .positions import alibi_attention
 
 __all__ = ["CausalAttention", "KeyValueCache"]
 
-_KNOWN = {"query", "key", "value", "is_causal", "scale", "enable_gqa", "config", "impl", "seed"}
+_KNOWN = {
+    *("query", "key", "value", "is_causal", "query_offset"),
+    *("scale", "enable_gqa", "config", "impl", "seed"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,8 @@ _RESULTS = {
     "key", "label", "mechanism", "config", "layers", "loss", "perplexity", "loss_change",
     "loss_change_error", "perplexity_ratio", "kl", "top1", "edges", "loss_by_position",
     "kl_by_position", "prefill_seconds", "prefill_runs", "prefill_ratio", "cpu_share", "peak_bytes",
-    "peak_method", "visited_fraction", "num_patched_layers", "calls", "kind", "command", "time",
+    "peak_method", "visited_fraction", "num_patched_layers", "approximate_calls",
+    "exact_calls", "kind", "command", "time",
 }  # fmt: skip
 
 
