@@ -136,6 +136,7 @@ def _figure(rows: Sequence[Row]) -> Figure:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.invert_yaxis()
+    assert mesh is not None, "there is at least one panel"
     figure.colorbar(mesh, ax=grid.ravel().tolist(), label="median span, keys", shrink=0.8)
     return figure
 

@@ -59,10 +59,11 @@ def without_positions(model: nn.Module) -> Iterator[PositionReport]:
         ...     print(report.rotary)
         ('model.rotary_emb',)
     """
-    rotary = {n: m for n, m in model.named_modules() if type(m).__name__.endswith("RotaryEmbedding")}
+    modules = dict(model.named_modules())
+    rotary = {n: m for n, m in modules.items() if type(m).__name__.endswith("RotaryEmbedding")}
     learned = {
         n: m
-        for n, m in model.named_modules()
+        for n, m in modules.items()
         if isinstance(m, nn.Embedding) and n.rpartition(".")[2] in _LEARNED
     }
     if not rotary and not learned:

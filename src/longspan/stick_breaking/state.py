@@ -38,6 +38,13 @@ class StickBreakingState:
         self.seen = 0
         self._buffer: KeyValueBuffer | None = None
 
+    @classmethod
+    def kept_keys(cls, config: StickBreakingConfig) -> tuple[int, int] | None:
+        """How many of the first and of the most recent keys a stream has to keep; None: all."""
+        if config.window is None:
+            return None
+        return 0, config.window - int(config.attend_current)  # a query brings its own key
+
     @property
     def key(self) -> Tensor | None:
         """(B, H_kv, C, D) or None."""
@@ -62,11 +69,10 @@ class StickBreakingState:
 
     def trim(self) -> StickBreakingState:
         """Without the keys that no later query can see (those outside the window)."""
-        window = self.config.window
-        if self._buffer is None or window is None:
+        kept = self.kept_keys(self.config)
+        if self._buffer is None or kept is None:
             return self
-        keep = window - int(self.config.attend_current)  # the query's own key is yet to come
-        return self._with(self._buffer.keep_last(keep), self.seen)
+        return self._with(self._buffer.keep_last(kept[1]), self.seen)
 
     def detach(self) -> StickBreakingState:
         """The same state outside of the autograd graph (truncated backpropagation)."""
@@ -94,12 +100,11 @@ class StickBreakingState:
                 f"StickBreakingState.crop: seen is {seen}; allowed is "
                 f"{self.seen - self.num_cached} to {self.seen}. Keep an earlier state."
             )
-        window = self.config.window
-        needed = 0 if window is None else min(seen, window - int(self.config.attend_current))
-        if self.num_cached - drop < needed:
+        kept = self.kept_keys(self.config)
+        if kept is not None and self.num_cached - drop < min(seen, kept[1]):
             raise ConfigError(
-                f"StickBreakingState.crop: seen is {seen}, but the window of {window} has "
-                "dropped keys that this state needs. Keep an earlier state."
+                f"StickBreakingState.crop: seen is {seen}, but the window of {self.config.window} "
+                "has dropped keys that this state needs. Keep an earlier state."
             )
         if self._buffer is None or drop == 0:
             return self
