@@ -29,12 +29,12 @@ def dense_attention(call: Call, visible: Tensor, bias: Tensor | None = None) -> 
     (padding) cannot reach the result, also when it holds NaN or infinity.
     """
     wide = torch.float64 if call.query.dtype is torch.float64 else torch.float32
-    groups = call.query.shape[1] // call.key.shape[1]
+    groups = call.query.shape[1] // max(call.key.shape[1], 1)
     q = call.query.to(wide)
     k = call.key.to(wide).repeat_interleave(groups, dim=1)
     v = call.value.to(wide).repeat_interleave(groups, dim=1)
     seen = visible.expand(q.shape[0], q.shape[1], -1, -1).any(-2)  # (B, H, N_k)
-    v = torch.where(seen.unsqueeze(-1), v, 0.0)
+    k, v = (torch.where(seen.unsqueeze(-1), t, 0.0) for t in (k, v))
     scores = call.scale * (q @ k.transpose(-1, -2))
     if bias is not None:
         scores = scores + bias.to(wide)

@@ -41,6 +41,7 @@ class Mechanism:
     has_backward: bool = True
     state_name: str | None = None  # class in `state.py` of what streams with bounded memory
     has_triton: bool = False
+    has_parameters: bool = False  # learns tensors of its own: `initial_parameters` in `api.py`
 
     @property
     def config_class(self) -> type[Any]:
@@ -77,6 +78,12 @@ class Mechanism:
         """Class of the streaming state, or None."""
         return self._load("state", self.state_name) if self.state_name else None
 
+    @property
+    def initial_parameters(self) -> Callable[..., dict[str, Any]]:
+        """`initial_parameters(config, heads=, kv_heads=, head_dim=)`: keyword of the function ->
+        tensor to start training from. Only where `has_parameters`."""
+        return self._load("api", "initial_parameters")  # type: ignore[no-any-return]
+
     def _load(self, module: str, attribute: str) -> Any:
         return getattr(importlib.import_module(f".{self.package}.{module}", __package__), attribute)
 
@@ -97,6 +104,18 @@ _TABLE = (
         package="window",
         config_name="WindowConfig",
         state_name="WindowState",
+        has_triton=True,
+    ),
+    Mechanism(
+        name="stick_breaking",
+        summary="keys take shares of a stick, nearest first: no positions, exact, early stop",
+        paper="arXiv:2410.17980",
+        package="stick_breaking",
+        config_name="StickBreakingConfig",
+        merge="stick_breaking",
+        is_causal_only=True,
+        on_pretrained=False,
+        state_name="StickBreakingState",
         has_triton=True,
     ),
 )

@@ -22,12 +22,13 @@ def test_import_loads_no_extra():
     assert run(code) == "[]"
 
 
-def test_calls_on_the_cpu_load_no_triton():
+def test_calls_on_the_cpu_load_no_kernel():
+    """torch itself loads triton, where there is one, on the first call of a custom operator."""
     code = (
         "import sys, torch, longspan; q = torch.randn(1, 1, 8, 4);"
         "[longspan.attention(q, q, q, m.config_class(), is_causal=True)"
         " for m in longspan.mechanisms.MECHANISMS.values()];"
-        "print('triton' in sys.modules)"
+        "print(any('.impl.triton' in name for name in sys.modules))"
     )
     assert run(code) == "False"
 

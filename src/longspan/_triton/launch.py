@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 __all__ = ["KernelConfig", "interpreting", "pick", "triton_refusal", "unit_last_stride"]
 
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # not imported here
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -30,13 +30,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def triton_installed() -> bool:
-    """True if the package triton can be imported (it is not imported here)."""
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def capability(device_index: int) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device_index)
@@ -44,7 +37,7 @@ def capability(device_index: int) -> tuple[int, int]:
 
 def triton_refusal(query: Tensor) -> str | None:
     """Why no Triton kernel can take tensors like `query`; None if they can."""
-    if not triton_installed():
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed (pip install triton; Linux only)"
     if query.dtype not in _KERNEL_DTYPES:
         return f"query is {query.dtype}; the Triton kernels take float16, bfloat16 and float32"
@@ -65,6 +58,9 @@ def triton_refusal(query: Tensor) -> str | None:
 def pick(configs: Sequence[KernelConfig]) -> KernelConfig:
     """The configuration to launch: the first; a tiny one where kernels are interpreted."""
     if interpreting():
+        from .interpreter import repair_interpreter
+
+        repair_interpreter()
         return KernelConfig(16, 16, 4, 1)
     return configs[0]
 
