@@ -1,0 +1,1 @@
+"""Stick-breaking attention (arXiv 2410.17980)."""
