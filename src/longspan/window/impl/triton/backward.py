@@ -73,8 +73,12 @@ def _add_query_gradient(
     IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq += ds k over one tile of keys; KIND as in the forward."""
-    k = load_tile(k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST)
-    v = load_tile(v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST)
+    k = load_tile(
+        k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
+    )
+    v = load_tile(
+        v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST
+    )
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     w = tl.math.exp2(s * scale - lse[:, None])
     if KIND != "full":
@@ -127,7 +131,9 @@ def _window_query_bwd_kernel(
     mask_m = start_m + offs_m < n_q
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
     q = load_tile(q_ptr, stride_qn, start_m, n_q, offs_m, offs_d, DIM, BLOCK_D, True, UPCAST)
-    do = load_tile(do_ptr, stride_don, start_m, n_q, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, True, UPCAST)
+    do = load_tile(
+        do_ptr, stride_don, start_m, n_q, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, True, UPCAST
+    )
     lse = tl.load(lse_ptr + rows + offs_m, mask=mask_m, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + rows + offs_m, mask=mask_m, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -168,8 +174,12 @@ def _add_key_gradients(
 
     KIND: "full" (no mask), "near" (pairs inside of the window), "sink" (sinks outside of it).
     """
-    q = load_tile(q_ptr, stride_qn, start, n_q, offs_m, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST)
-    do = load_tile(do_ptr, stride_don, start, n_q, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST)
+    q = load_tile(
+        q_ptr, stride_qn, start, n_q, offs_m, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
+    )
+    do = load_tile(
+        do_ptr, stride_don, start, n_q, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST
+    )
     if KIND == "full":
         lse = tl.load(lse_ptr + start + offs_m) * LOG2E
         delta = tl.load(delta_ptr + start + offs_m)
@@ -237,7 +247,9 @@ def _window_sink_bwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     k = load_tile(k_ptr, stride_kn, start_s, n_k, offs_s, offs_d, DIM, BLOCK_D, True, UPCAST)
-    v = load_tile(v_ptr, stride_vn, start_s, n_k, offs_s, offs_dv, VALUE_DIM, BLOCK_DV, True, UPCAST)
+    v = load_tile(
+        v_ptr, stride_vn, start_s, n_k, offs_s, offs_dv, VALUE_DIM, BLOCK_DV, True, UPCAST
+    )
     dk = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
     begin = run * ROWS
@@ -252,7 +264,9 @@ def _window_sink_bwd_kernel(
             scale * LOG2E, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
             IS_CAUSAL, "sink", UPCAST)  # fmt: skip
     store_tile(part_k_ptr + part * DIM, DIM, start_s, num_sinks, offs_s, offs_d, dk, DIM)
-    store_tile(part_v_ptr + part * VALUE_DIM, VALUE_DIM, start_s, num_sinks, offs_s, offs_dv, dv, VALUE_DIM)
+    store_tile(
+        part_v_ptr + part * VALUE_DIM, VALUE_DIM, start_s, num_sinks, offs_s, offs_dv, dv, VALUE_DIM
+    )
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALIZED, "runs"])
@@ -293,7 +307,9 @@ def _window_key_bwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     k = load_tile(k_ptr, stride_kn, start_n, n_k, offs_n, offs_d, DIM, BLOCK_D, True, UPCAST)
-    v = load_tile(v_ptr, stride_vn, start_n, n_k, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, True, UPCAST)
+    v = load_tile(
+        v_ptr, stride_vn, start_n, n_k, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, True, UPCAST
+    )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     if start_n < num_sinks:
@@ -301,8 +317,30 @@ def _window_key_bwd_kernel(
         for g in range(GROUP):
             for run in range(tl.cdiv(n_q, ROWS)):
                 at = part + tl.cast(g * runs + run, tl.int64) * num_sinks
-                dk += load_tile(part_k_ptr + at * DIM, DIM, start_n, num_sinks, offs_n, offs_d, DIM, BLOCK_D, True, False)
-                dv += load_tile(part_v_ptr + at * VALUE_DIM, VALUE_DIM, start_n, num_sinks, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, True, False)
+                dk += load_tile(
+                    part_k_ptr + at * DIM,
+                    DIM,
+                    start_n,
+                    num_sinks,
+                    offs_n,
+                    offs_d,
+                    DIM,
+                    BLOCK_D,
+                    True,
+                    False,
+                )
+                dv += load_tile(
+                    part_v_ptr + at * VALUE_DIM,
+                    VALUE_DIM,
+                    start_n,
+                    num_sinks,
+                    offs_n,
+                    offs_dv,
+                    VALUE_DIM,
+                    BLOCK_DV,
+                    True,
+                    False,
+                )
 
     # Rows begin .. end have a key of the tile in their window, full_begin .. full_end all keys.
     final = start_n + BLOCK_N - 1

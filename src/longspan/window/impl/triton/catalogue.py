@@ -87,7 +87,11 @@ def _case(
             signature[argument] = "*fp32" if argument in _SINGLE_POINTERS else _TYPES[dtype]
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
-    tiles = "x".join(str(blocks.get(n, sizes.block_m)) for n in ("BLOCK_M", "BLOCK_N") if n == "BLOCK_M" or n in blocks)
+    tiles = "x".join(
+        str(blocks.get(n, sizes.block_m))
+        for n in ("BLOCK_M", "BLOCK_N")
+        if n == "BLOCK_M" or n in blocks
+    )
     return AotCase(
         name=f"{name}/{label}/{tiles}/w{sizes.num_warps}s{sizes.num_stages}",
         kernel=kernel,

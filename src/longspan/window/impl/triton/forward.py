@@ -49,7 +49,9 @@ def _accumulate(
     IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax; KIND is "full", "masked" or "sink" (columns below limit)."""
-    k = load_tile(k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST)
+    k = load_tile(
+        k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
+    )
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if KIND == "full":
         m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
@@ -67,7 +69,9 @@ def _accumulate(
         w = tl.math.exp2(s - m_safe[:, None])
         shrink = tl.math.exp2(m_i - m_safe)
     l_i = l_i * shrink + tl.sum(w, 1)
-    v = load_tile(v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST)
+    v = load_tile(
+        v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST
+    )
     acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, l_i, m_new
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....errors import UnsupportedError
 from ...._triton.launch import unit_last_stride
+from ....errors import UnsupportedError
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
