@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from longspan.mechanisms import MECHANISMS
 
 
@@ -88,7 +90,36 @@ def test_bench_measures_reports_and_shows(longspan, tmp_path):
     assert out.startswith(shown[:400])
 
 
-def test_selfcheck_passes_here(longspan):
-    code, out, _ = longspan("selfcheck", "--device", "cpu")
+@pytest.fixture
+def small_cases(monkeypatch):
+    from longspan.bench import selfcheck
+
+    small = selfcheck.CheckCase(name="small", n_q=40, n_k=60, head_dim=16)
+    monkeypatch.setattr(selfcheck, "_CASES", (small,))
+    run = selfcheck.run_selfcheck
+    monkeypatch.setattr(
+        selfcheck, "run_selfcheck", lambda *args, **kw: run(*args, **kw, cases=(small,))
+    )
+
+
+def test_selfcheck_passes_here(longspan, small_cases):
+    code, out, _ = longspan("selfcheck", "--device", "cpu", "--mechanism", "window")
     assert code == 0
     assert "window" in out
+    assert "0 are wrong" in out
+    assert "WRONG" not in out
+
+
+def test_selfcheck_finds_a_wrong_kernel(longspan, small_cases, monkeypatch):
+    from longspan.window.impl import eager
+
+    right = eager.eager_forward
+
+    def wrong(*args):
+        output, lse = right(*args)
+        return 1.01 * output, lse
+
+    monkeypatch.setattr(eager, "eager_forward", wrong)
+    code, out, _ = longspan("selfcheck", "--device", "cpu", "--mechanism", "window")
+    assert code == 1
+    assert "WRONG" in out

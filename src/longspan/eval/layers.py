@@ -34,7 +34,7 @@ def own_shares(model: Any, length: int) -> dict[int, float]:
         window = getattr(layer.module, "sliding_window", None)
         window = window or getattr(config, "sliding_window", None)
         slides = layer.is_sliding and window
-        shares[layer.index] = sliding_share(length, int(window)) if slides else 1.0
+        shares[layer.order] = sliding_share(length, int(window)) if slides else 1.0
     return shares
 
 
