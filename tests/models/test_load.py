@@ -93,6 +93,27 @@ def test_damaged_folder(tmp_path, damage):
         load(folder)
 
 
+def test_folder_without_some_weights(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny_model(tmp_path / "mine", layers=2)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept = {key: value for key, value in weights.items() if key != name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"no values for {name} \(1 in all\)"):
+        load(folder)
+    weights[name] = weights[name][:, :5].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"transformers cannot load .*mismatch"):
+        load(folder)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
+def test_tied_heads_are_no_missing_weights(tmp_path, arch):
+    assert load(save_tiny_model(tmp_path, arch)).model.config.vocab_size == 259
+
+
 def test_pickled_weights_are_refused(tmp_path):
     folder = save_tiny_model(tmp_path / "mine")
     model = tiny_model().model
@@ -125,9 +146,9 @@ def test_hub_name(monkeypatch, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained
 
     def serve(name, **settings):
-        model = original(folder, **settings)
+        model, report = original(folder, **settings)
         model.config._commit_hash = "abc123"
-        return model
+        return model, report
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", serve)
     monkeypatch.setattr(

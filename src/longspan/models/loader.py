@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, LongspanError
 from ._pip import DownloadError, sha256_of
-from .convert import quiet, require_extras
+from .convert import quiet, require_extras, require_weights
 from .download import Progress, fetch, weights_sha256
 from .registry import MODELS, get_info
 
@@ -104,7 +104,10 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             "save_pretrained wrote (config.json, *.safetensors, tokenizer files). Give that folder."
         )
     try:
-        return _from_pretrained(str(folder), dtype, local_files_only=True)
+        with quiet():
+            return _from_pretrained(str(folder), dtype, local_files_only=True)
+    except LongspanError:
+        raise
     except Exception as error:  # transformers raises many kinds, from OSError to SafetensorError
         raise ConfigError(
             f"model: transformers cannot load {folder} ({_first_line(error)}). Allowed: a whole "
@@ -115,7 +118,9 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
-        return _from_pretrained(name, dtype)
+        return _from_pretrained(name, dtype)  # with transformers' bars: it may download
+    except LongspanError:
+        raise
     except (OSError, ValueError) as error:
         raise DownloadError(
             f"model: {name!r} is no folder here, and as a hub name it cannot be had "
@@ -128,12 +133,11 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def _from_pretrained(name: str, dtype: torch.dtype, **settings: Any) -> tuple[Any, Any]:
     import transformers
 
-    with quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, **settings
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **settings)
-    return model, tokenizer
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
+    )
+    require_weights(name, model, report)
+    return model, transformers.AutoTokenizer.from_pretrained(name, **settings)
 
 
 def _hash_of_weights(folder: Path) -> str | None:
