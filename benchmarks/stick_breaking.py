@@ -103,6 +103,7 @@ class Run:
         self.environment = environment(DEVICE)
 
     def add(self, impl: str, stage: str, length: int, dim: int, timing: Timing | None, **more: Any):
+        """Store one measurement."""
         shape = {
             "batch": 1, "heads": 32, "kv_heads": more.pop("kv_heads", 32), "length": length,
             "head_dim": dim, "dtype": "bfloat16", "is_causal": True,
@@ -125,8 +126,12 @@ def exact(run: Run, length: int, dim: int, rates: dict[str, float]) -> dict[str,
     leaves = [t.detach().requires_grad_() for t in (query, key, value)]
     grad = torch.randn_like(value)
     found: dict[str, float] = {}
-    for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+    for name, backend in (
+        ("fa2", SDPBackend.FLASH_ATTENTION),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+    ):
         with sdpa_kernel(backend):
+
             def forward() -> Tensor:
                 return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
@@ -211,7 +216,9 @@ def ours(
         )
         got = (part.output, part.log_rest, *grads[:3])
         worst = max(worst, float((part.output[at].double() - want[0]).abs().max()))
-        for name, actual, expected in zip(("o", "log_rest", "dq", "dk", "dv"), got, want, strict=True):
+        for name, actual, expected in zip(
+            ("o", "log_rest", "dq", "dk", "dv"), got, want, strict=True
+        ):
             if name != "log_rest" or stop is None:  # a stopped walk does not know the far sticks
                 errors[name] = max(errors.get(name, 0.0), error(actual[at], expected))
     verified = max(value for name, value in errors.items()) <= 5e-3
@@ -221,7 +228,11 @@ def ours(
     total = sum(-(-(min((t + 1) * block, length) - 1) // 64) for t in range(tiles))
     visited = float(part.visited.sum()) / (total * 32)
     results = sum(t.numel() * t.element_size() for t in grads[:3])
-    for stage, function in (("forward", forward), ("backward", backward), ("forward_backward", both)):
+    for stage, function in (
+        ("forward", forward),
+        ("backward", backward),
+        ("forward_backward", both),
+    ):
         timing = time_call(function, device=DEVICE)
         peak = peak_bytes(function, DEVICE)
         workspace = None if stage != "backward" else peak - results
@@ -249,7 +260,9 @@ def drift(run: Run, regime: str, length: int, dim: int) -> None:
     got = (part.output, part.log_rest, *grads[:3])
     errors = {
         name: float(f"{error(actual[0, 0], expected):.2e}")
-        for name, actual, expected in zip(("o", "log_rest", "dq", "dk", "dv"), got, want, strict=True)
+        for name, actual, expected in zip(
+            ("o", "log_rest", "dq", "dk", "dv"), got, want, strict=True
+        )
     }
     run.add(
         "triton", "forward_backward", length, dim, None, regime=regime, errors=errors,
@@ -319,16 +332,20 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="JSON lines file to append to")
     parser.add_argument("--parts", default="train,mixed,decode,drift")
     parser.add_argument("--dims", default="64,128")
+    parser.add_argument("--lengths", default="4096,32768", help="of the part train")
+    parser.add_argument("--regimes", default="alive,normal,mixed", help="of the part train")
+    parser.add_argument("--no-rival", action="store_true", help="do not time fla-core")
     options = parser.parse_args()
     run = Run(options.out)
     parts = options.parts.split(",")
     rates = ceilings()
     print({name: f"{value:.4g}" for name, value in rates.items()}, flush=True)
     for dim in (int(d) for d in options.dims.split(",")):
-        for length in (4096, 32768) if "train" in parts else ():
+        for length in map(int, options.lengths.split(",")) if "train" in parts else ():
             fa2 = exact(run, length, dim, rates)
-            rival(run, length, dim, rates, fa2)
-            for regime in ("alive", "normal", "mixed"):
+            if not options.no_rival:
+                rival(run, length, dim, rates, fa2)
+            for regime in options.regimes.split(","):
                 for stop in (None, STOP):
                     ours(run, regime, length, dim, stop, rates, fa2)
         if "mixed" in parts:

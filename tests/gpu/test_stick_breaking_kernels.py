@@ -73,7 +73,7 @@ def error(actual, oracle):
 
 
 @pytest.mark.parametrize(
-    "dtype, tolerance",
+    ("dtype", "tolerance"),
     [(torch.bfloat16, 5e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)],
     ids=["bfloat16", "float16", "float32"],
 )
@@ -91,9 +91,7 @@ def test_against_float64(dtype, tolerance, dims, options):
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
     wide_bias = bias.double().requires_grad_()
     oracle = dense(*leaves, settings["scale"], wide_bias[:, None, None], **options)
-    want = torch.autograd.grad(
-        oracle, [*leaves, wide_bias], [grad.double(), grad_rest.double()]
-    )
+    want = torch.autograd.grad(oracle, [*leaves, wide_bias], [grad.double(), grad_rest.double()])
     got = backward(grad, grad_rest, q, k, v, part, **settings)
     again = backward(grad, grad_rest, q, k, v, part, **settings)
     assert error(part.output, oracle[0].detach()) < tolerance

@@ -1,6 +1,6 @@
 """Backward kernels of stick-breaking attention: deterministic, bounded workspace.
 
-Supported: everything the forward supports. Two passes over the visited tiles, 7 products in all:
+Supported: everything the forward supports, but float32 only to head dim 128. Two passes over the visited tiles, 7 products in all:
 
 1. `_stick_breaking_dq_bwd_kernel` walks each query tile near to far, as the forward did and as far
    as it did, makes dq, and stores the stick and the gradient mass that enter each visited tile.
@@ -21,7 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import interpreting, unit_last_stride
-from .common import KEY_TILE, Config, _key_of_column, _tile_gradient, _tile_replay
+from ....errors import UnsupportedError
+from .common import (
+    KEY_TILE,
+    Config,
+    _key_of_column,
+    _load_columns,
+    _tile_gradient,
+    _tile_replay,
+)
 from .forward import _LOG2E, _row_bounds, _visible, bhn_strides, block_dim, forward_config
 
 __all__ = ["WORKSPACE_BYTES", "stick_backward"]
@@ -41,7 +49,14 @@ def _cell(row_tile, key_tile, row_lo, cells_first, cells_growth):
 
 
 @triton.jit
-def _window_start(pid_m, query_offset, window, ATTEND_CURRENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _window_start(
+    pid_m,
+    query_offset,
+    window,
+    ATTEND_CURRENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """First key tile a query tile can see under a window."""
     first = pid_m * BLOCK_M + query_offset
     if ATTEND_CURRENT:
@@ -68,14 +83,8 @@ def _visit_for_dq(
         k = tl.load(k_ptrs, mask=in_range[:, None] & mask_d[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=in_range[:, None] & mask_dv[None, :], other=0.0)
     else:
-        if PAD_D:
-            k = tl.load(k_ptrs, mask=mask_d[None, :], other=0.0)
-        else:
-            k = tl.load(k_ptrs)
-        if PAD_DV:
-            v = tl.load(v_ptrs, mask=mask_dv[None, :], other=0.0)
-        else:
-            v = tl.load(v_ptrs)
+        k = _load_columns(k_ptrs, mask_d, PAD_D)
+        v = _load_columns(v_ptrs, mask_dv, PAD_DV)
     if UPCAST:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
@@ -177,7 +186,12 @@ def _stick_breaking_dq_bwd_kernel(
         do_ptr + b64 * stride_dob + h64 * stride_doh + rows[:, None].to(tl.int64) * stride_don + offs_dv[None, :],
         mask=mask_mv, other=0.0,
     )  # fmt: skip
-    o_offsets = b64 * stride_ob + h64 * stride_oh + rows[:, None].to(tl.int64) * stride_on + offs_dv[None, :]
+    o_offsets = (
+        b64 * stride_ob
+        + h64 * stride_oh
+        + rows[:, None].to(tl.int64) * stride_on
+        + offs_dv[None, :]
+    )
     o = tl.load(o_ptr + o_offsets, mask=mask_mv, other=0.0).to(tl.float32)
     if RESIDUAL:
         o += tl.load(residual_ptr + o_offsets, mask=mask_mv, other=0.0).to(tl.float32)
@@ -227,7 +241,13 @@ def _stick_breaking_dq_bwd_kernel(
                 PAD_D, PAD_DV, BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
             )  # fmt: skip
 
-    dq_ptrs = dq_ptr + b64 * stride_dqb + h64 * stride_dqh + rows[:, None].to(tl.int64) * stride_dqn + offs_d[None, :]
+    dq_ptrs = (
+        dq_ptr
+        + b64 * stride_dqb
+        + h64 * stride_dqh
+        + rows[:, None].to(tl.int64) * stride_dqn
+        + offs_d[None, :]
+    )
     tl.store(dq_ptrs, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask_md)
     if HAS_BIAS:
         tl.store(dbias_ptr + (b * H + h) * num_m + pid_m, tl.sum(dz_sum, 0))
@@ -313,7 +333,9 @@ def _column_bounds(
     stop = tl.minimum(m_end, n_q // BLOCK_M)
     if WINDOW:
         # and if i >= j + shift - window
-        end = tl.minimum(end, tl.maximum(key + BLOCK_N - 1 + window - shift + BLOCK_M, 0) // BLOCK_M)
+        end = tl.minimum(
+            end, tl.maximum(key + BLOCK_N - 1 + window - shift + BLOCK_M, 0) // BLOCK_M
+        )
         stop = tl.minimum(stop, tl.maximum(key + window - shift + 1, 0) // BLOCK_M)
     first = tl.minimum(tl.maximum(first, m_begin), end)
     full = tl.minimum(tl.maximum(full, first), end)
@@ -340,7 +362,9 @@ def _visit_for_dkv(
     NARROW: tl.constexpr = k.shape[1] <= 64 and v.shape[1] <= 64
     if NARROW:
         q_ptrs = q_base + first_row * stride_qn + (inside[:, None] * stride_qn + offs_d[None, :])
-        do_ptrs = do_base + first_row * stride_don + (inside[:, None] * stride_don + offs_dv[None, :])
+        do_ptrs = (
+            do_base + first_row * stride_don + (inside[:, None] * stride_don + offs_dv[None, :])
+        )
     else:
         q_ptrs = q_base + (first_row + inside)[:, None] * stride_qn + offs_d[None, :]
         do_ptrs = do_base + (first_row + inside)[:, None] * stride_don + offs_dv[None, :]
@@ -348,14 +372,8 @@ def _visit_for_dkv(
         q = tl.load(q_ptrs, mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0)
         do = tl.load(do_ptrs, mask=mask_m[:, None] & (offs_dv < DV)[None, :], other=0.0)
     else:
-        if PAD_D:
-            q = tl.load(q_ptrs, mask=(offs_d < D)[None, :], other=0.0)
-        else:
-            q = tl.load(q_ptrs)
-        if PAD_DV:
-            do = tl.load(do_ptrs, mask=(offs_dv < DV)[None, :], other=0.0)
-        else:
-            do = tl.load(do_ptrs)
+        q = _load_columns(q_ptrs, offs_d < D, PAD_D)
+        do = _load_columns(do_ptrs, offs_dv < DV, PAD_DV)
     key_cell = tile
     if WINDOW:
         key_cell = tile - _window_start(m, query_offset, window, ATTEND_CURRENT, BLOCK_M, BLOCK_N)
@@ -384,7 +402,16 @@ def _visit_for_dkv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["unit_lo", "row_lo", "row_hi", "cells_first", "cells_growth", "add_to_previous"])
+@triton.jit(
+    do_not_specialize=[
+        "unit_lo",
+        "row_lo",
+        "row_hi",
+        "cells_first",
+        "cells_growth",
+        "add_to_previous",
+    ]
+)
 def _stick_breaking_dkv_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, ws_ptr, list_ptr, count_ptr,
     bias_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr,
@@ -473,7 +500,7 @@ def _stick_breaking_dkv_bwd_kernel(
             whole = tl.load(count_ptr + (unit_list * num_n + tile) * 2)
             edge = tl.load(count_ptr + (unit_list * num_n + tile) * 2 + 1)
         diagonal = full - first
-        for i in tl.range(0, diagonal + edge):
+        for i in tl.range(0, diagonal + edge, num_stages=1):
             m = first + i
             if LISTED:
                 m = tl.load(list_base + whole + i - diagonal, mask=i >= diagonal, other=m)
@@ -486,10 +513,7 @@ def _stick_breaking_dkv_bwd_kernel(
                 PAD_D, PAD_DV, BLOCK_M, BLOCK_N, UPCAST, PRECISION, APPROX,
             )  # fmt: skip
         for i in tl.range(0, whole):
-            if LISTED:
-                m = tl.load(list_base + i)
-            else:
-                m = full + i
+            m = tl.load(list_base + i) if LISTED else full + i
             dk, dv = _visit_for_dkv(
                 dk, dv, k, v, q_base, do_base, stride_qn, stride_don, ws, first_tile,
                 row_lo, cells_first, cells_growth, m, tile, n_q, key_length, query_offset, window,
@@ -498,8 +522,12 @@ def _stick_breaking_dkv_bwd_kernel(
             )  # fmt: skip
 
     dk = dk * scale
-    dk_ptrs = dk_ptr + b64 * stride_dkb + h_kv64 * stride_dkh + key_rows * stride_dkn + offs_d[None, :]
-    dv_ptrs = dv_ptr + b64 * stride_dvb + h_kv64 * stride_dvh + key_rows * stride_dvn + offs_dv[None, :]
+    dk_ptrs = (
+        dk_ptr + b64 * stride_dkb + h_kv64 * stride_dkh + key_rows * stride_dkn + offs_d[None, :]
+    )
+    dv_ptrs = (
+        dv_ptr + b64 * stride_dvb + h_kv64 * stride_dvh + key_rows * stride_dvn + offs_dv[None, :]
+    )
     if add_to_previous:
         dk += tl.load(dk_ptrs, mask=mask_kd, other=0.0).to(tl.float32)
         dv += tl.load(dv_ptrs, mask=mask_kv, other=0.0).to(tl.float32)
@@ -618,6 +646,12 @@ def stick_backward(
     heads, kv_heads = (q.shape[1], k.shape[1])
     group = heads // kv_heads
     head_dim, value_dim = q.shape[-1], v.shape[-1]
+    if q.dtype is torch.float32 and max(head_dim, value_dim) > 128:
+        raise UnsupportedError(
+            f"stick_backward: float32 with head dim {head_dim} and value dim {value_dim}; two tiles "
+            'of keys and values do not fit into shared memory beyond 128. Use impl="eager", or '
+            "bfloat16 or float16 inputs."
+        )
     dq_config, dkv_config = configs or backward_configs(q.dtype, head_dim, value_dim)
     block_m, block_n = dq_config.block_m, KEY_TILE
     if packed:
@@ -651,7 +685,9 @@ def stick_backward(
     listed = early_stop is not None
     visitors = counts = None
     if listed:
-        visitors = torch.empty((plan.units * per_unit, num_n, num_m), dtype=torch.int32, device=q.device)
+        visitors = torch.empty(
+            (plan.units * per_unit, num_n, num_m), dtype=torch.int32, device=q.device
+        )
         counts = torch.empty((plan.units * per_unit, num_n, 2), dtype=torch.int32, device=q.device)
     log_strides = (0, 0, 0)
     if grad_log_rest is not None:

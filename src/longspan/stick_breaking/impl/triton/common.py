@@ -141,6 +141,15 @@ def _key_of_column():
 
 
 @triton.jit
+def _load_columns(pointers, mask_columns, PADDED: tl.constexpr):
+    """Rows that all exist; columns are masked only if the tile is wider than the tensor."""
+    if PADDED:
+        return tl.load(pointers, mask=mask_columns[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def _split16(x, BLOCK_M: tl.constexpr):
     """(BLOCK_M, 64) -> 16 tensors (BLOCK_M, 4): piece p holds the p-th nearest key of each lane."""
     a, b = tl.split(tl.reshape(x, (BLOCK_M, 8, 4, 2)))

@@ -34,7 +34,15 @@ _PROGRAMS_PER_SM = 4
 
 
 @triton.jit(
-    do_not_specialize=["query_offset", "first_split", "phase_start", "phase_end", "split_keys", "n_k", "num_splits"]
+    do_not_specialize=[
+        "query_offset",
+        "first_split",
+        "phase_start",
+        "phase_end",
+        "split_keys",
+        "n_k",
+        "num_splits",
+    ]
 )
 def _stick_breaking_decode_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, log_ptr, tiles_ptr, bias_ptr, key_lengths_ptr,
@@ -76,12 +84,10 @@ def _stick_breaking_decode_kernel(
     lo = tl.maximum(hi - tl.minimum(split_keys, phase_end - reach), start)
     awake = hi > lo
     if EARLY_STOP:
-        if first_split > 0:
-            left = tl.zeros((BLOCK_R,), dtype=tl.float32)
-            for s in range(0, first_split):
-                left += tl.load(log_ptr + (unit.to(tl.int64) * num_splits + s) * BLOCK_R + offs_r)
-            left = tl.where(mask_r, left, float("-inf"))
-            awake = awake & (tl.max(left, 0) >= log2_stop)
+        left = tl.where(mask_r, 0.0, float("-inf"))
+        for s in range(0, first_split):
+            left += tl.load(log_ptr + (unit.to(tl.int64) * num_splits + s) * BLOCK_R + offs_r)
+        awake = awake & (tl.max(left, 0) >= log2_stop)
     if not awake:
         tl.store(log_ptr + rows, tl.zeros((BLOCK_R,), dtype=tl.float32))
         return
@@ -117,7 +123,9 @@ def _stick_breaking_decode_kernel(
             k_base + base * stride_kn + k_offsets, mask=inside[:, None] & mask_d[None, :], other=0.0
         )
         v = tl.load(
-            v_base + base * stride_vn + v_offsets, mask=inside[:, None] & mask_dv[None, :], other=0.0
+            v_base + base * stride_vn + v_offsets,
+            mask=inside[:, None] & mask_dv[None, :],
+            other=0.0,
         )
         if UPCAST:
             k = k.to(tl.float32)
@@ -180,7 +188,9 @@ def _stick_breaking_decode_merge_kernel(
         o_ptr + b * stride_ob + head * stride_oh + position * stride_on + offs_dv,
         acc.to(o_ptr.dtype.element_ty), mask=offs_dv < DV,
     )  # fmt: skip
-    tl.store(log_rest_ptr + b * stride_lb + head * stride_lh + position, log_rest * 0.6931471805599453)
+    tl.store(
+        log_rest_ptr + b * stride_lb + head * stride_lh + position, log_rest * 0.6931471805599453
+    )
     tl.store(visited_ptr + b * H_kv * group + head, visited)
 
 

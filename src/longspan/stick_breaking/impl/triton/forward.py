@@ -2,7 +2,7 @@
 
 | | |
 |---|---|
-| dtypes | float16, bfloat16 (tensor cores), float32 (exact float32 products) |
+| dtypes | float16, bfloat16 (tensor cores), float32 (three tf32 products each) |
 | head dim, value dim | 1 to 256, may differ |
 | layouts | dense (B, H, N, D) with any strides but the last; packed (total, H, D) |
 | options | GQA, query_offset, key_lengths, attend_current, window, logit_bias, early stop |
@@ -23,7 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import interpreting, unit_last_stride
-from .common import KEY_TILE, Config, _exp2, _key_of_column, _log2, _tile_weights
+from .common import (
+    KEY_TILE,
+    Config,
+    _exp2,
+    _key_of_column,
+    _load_columns,
+    _log2,
+    _tile_weights,
+)
 
 __all__ = ["StickForward", "forward_config", "stick_forward"]
 
@@ -60,7 +68,7 @@ def _row_bounds(
 @triton.jit
 def _visible(limit, keys, key_length, WINDOW: tl.constexpr, window):
     """(BLOCK_M, BLOCK_N): which keys a row sees; `limit` is one past its last key."""
-    seen = keys[None, :] < tl.minimum(limit, key_length)[:, None]
+    seen = (keys[None, :] < limit[:, None]) & (keys < key_length)[None, :]
     if WINDOW:
         seen = seen & (keys[None, :] >= (limit - window)[:, None])
     return seen
@@ -86,14 +94,8 @@ def _visit(
         k = tl.load(k_ptrs, mask=in_range[:, None] & mask_d[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=in_range[:, None] & mask_dv[None, :], other=0.0)
     else:
-        if PAD_D:
-            k = tl.load(k_ptrs, mask=mask_d[None, :], other=0.0)
-        else:
-            k = tl.load(k_ptrs)
-        if PAD_DV:
-            v = tl.load(v_ptrs, mask=mask_dv[None, :], other=0.0)
-        else:
-            v = tl.load(v_ptrs)
+        k = _load_columns(k_ptrs, mask_d, PAD_D)
+        v = _load_columns(v_ptrs, mask_dv, PAD_DV)
     if UPCAST:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
@@ -267,7 +269,7 @@ def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
         return Config(32, 4, 1)
     wide = max(head_dim, value_dim)
     if dtype is torch.float32:
-        return Config(64, 4, 1)
+        return Config(64, 4, 1) if wide <= 128 else Config(16, 8, 1)
     if wide > 128:
         return Config(64, 8, 2)
     if wide > 64:
