@@ -36,6 +36,11 @@ def test_a_head_that_takes_half_each_time_has_span_two():
         assert long["num_queries"] == 20
 
 
+def test_a_single_layer():
+    rows = span_profile(StickBreakingAttention(16, 2), torch.randn(1, 20, 16), thresholds=(0.5,))
+    assert [(row["layer"], row["head"]) for row in rows] == [(0, 0), (0, 1)]
+
+
 def test_window_and_first_query():
     model = layers(config=StickBreakingConfig(window=3, attend_current=True), logit_bias=-30.0)
     rows = span_profile(model, torch.randn(2, 12, 16), thresholds=(0.5,), first_query=0)

@@ -65,4 +65,4 @@ def positions(mask):
 def distance(actual, expected, mask=None):
     """Largest difference over the real tokens."""
     difference = (actual - expected).abs().amax(-1)
-    return float((difference if mask is None else difference[mask.bool()]).max())
+    return float((difference if mask is None else difference[mask.bool()]).max().detach())

@@ -7,6 +7,7 @@ threshold; a softmax head, for comparison, if the mass beyond its d nearest keys
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +76,8 @@ def span_profile(
             f"0 to {length - 1}."
         )
     recorder = _Recorder(tuple(thresholds), first_query)
-    settings = {"use_cache": False} if hasattr(model, "config") else {}
+    takes = inspect.signature(getattr(model, "forward", model)).parameters
+    settings = {"use_cache": False} if "use_cache" in takes else {}
     with torch.no_grad(), recorder:
         model(tokens, **settings)
     if not recorder.calls:
