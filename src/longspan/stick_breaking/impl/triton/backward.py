@@ -1,6 +1,7 @@
 """Backward kernels of stick-breaking attention: deterministic, bounded workspace.
 
-Supported: everything the forward supports, but float32 only to head dim 128. Two passes over the visited tiles, 7 products in all:
+Supported: everything the forward supports, but float32 only to head dim 128. Two passes over the
+visited tiles, 7 products in all:
 
 1. `_stick_breaking_dq_bwd_kernel` walks each query tile near to far, as the forward did and as far
    as it did, makes dq, and stores the stick and the gradient mass that enter each visited tile.
@@ -500,7 +501,7 @@ def _stick_breaking_dkv_bwd_kernel(
             whole = tl.load(count_ptr + (unit_list * num_n + tile) * 2)
             edge = tl.load(count_ptr + (unit_list * num_n + tile) * 2 + 1)
         diagonal = full - first
-        for i in tl.range(0, diagonal + edge, num_stages=1):
+        for i in tl.range(0, diagonal + edge):
             m = first + i
             if LISTED:
                 m = tl.load(list_base + whole + i - diagonal, mask=i >= diagonal, other=m)

@@ -41,7 +41,7 @@ _VARIANTS: dict[str, dict[str, bool]] = {
     "plain": {},
     "early": {"EARLY_STOP": True, "LISTED": True},
     "window": {"WINDOW": True, "ATTEND_CURRENT": True},
-    "packed": {"VARLEN": True, "HAS_BIAS": True, "HAS_GRAD_REST": True},
+    "packed grouped": {"VARLEN": True, "HAS_BIAS": True, "HAS_GRAD_REST": True},
     "padded": {"HAS_LENGTHS": True},
 }
 

@@ -68,7 +68,7 @@ def _row_bounds(
 @triton.jit
 def _visible(limit, keys, key_length, WINDOW: tl.constexpr, window):
     """(BLOCK_M, BLOCK_N): which keys a row sees; `limit` is one past its last key."""
-    seen = (keys[None, :] < limit[:, None]) & (keys < key_length)[None, :]
+    seen = keys[None, :] < tl.minimum(limit, key_length)[:, None]
     if WINDOW:
         seen = seen & (keys[None, :] >= (limit - window)[:, None])
     return seen
@@ -271,7 +271,7 @@ def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
     if dtype is torch.float32:
         return Config(64, 4, 1) if wide <= 128 else Config(16, 8, 1)
     if wide > 128:
-        return Config(64, 8, 2)
+        return Config(128, 8, 2)
     if wide > 64:
         return Config(128, 8, 3)
     return Config(64, 4, 3, 128)
