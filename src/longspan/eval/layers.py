@@ -32,9 +32,9 @@ def own_shares(model: Any, length: int) -> dict[int, float]:
     shares = {}
     for layer in layers:
         window = getattr(layer.module, "sliding_window", None)
-        window = window or getattr(config, "sliding_window", None)
-        slides = layer.is_sliding and window
-        shares[layer.order] = sliding_share(length, int(window)) if slides else 1.0
+        window = int(window or getattr(config, "sliding_window", None) or 0)
+        slides = layer.is_sliding and window > 0
+        shares[layer.order] = sliding_share(length, window) if slides else 1.0
     return shares
 
 
