@@ -55,6 +55,7 @@ def patch(
         ConfigError: unknown settings or selection.
         PatchError: no attention layers, none selected, already patched, an encoder-decoder, or a
             model that does not ask transformers' attention interface.
+        UnsupportedError: the check found something that cannot be honoured.
 
     Semantics:
         Layers left alone run exact attention with everything the model asks for (sliding
