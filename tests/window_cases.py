@@ -18,8 +18,8 @@ class Case(NamedTuple):
     sinks: int = 3
     is_causal: bool = True
     batch: int = 2
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = 2
+    kv_heads: int = 1
     dim: int = 16
     value_dim: int = 16
     padded: bool = False  # the second entry has 5 keys less
@@ -37,25 +37,25 @@ class Case(NamedTuple):
 
 # Windows and lengths on both sides of the 16-wide tiles that the interpreter runs.
 CASES = [
-    Case(1, 1),
+    Case(1, 1, heads=4, kv_heads=2),
     Case(1, 1, window=1, sinks=0),
-    Case(33, 33),
+    Case(33, 33, heads=4, kv_heads=2),
     Case(50, 50, window=1, sinks=0),
     Case(50, 50, window=16, sinks=0),
     Case(50, 50, window=17, sinks=1),
-    Case(70, 70, window=40, sinks=20),
-    Case(70, 70, window=33, sinks=4, transposed=True),
+    Case(70, 70, window=40, sinks=20, batch=1),
+    Case(70, 70, window=33, sinks=4, batch=1, transposed=True),
     Case(48, 48, window=100),
     Case(48, 48, window=48, sinks=48),
     Case(1, 60, 59, window=20),
     Case(7, 60, 53, window=20),
     Case(20, 60, 17, window=8, sinks=30),
-    Case(40, 20, -10),
+    Case(40, 20, -10, heads=4, kv_heads=2),
     Case(40, 20, -30, window=5, sinks=2),
     Case(10, 20, 30, window=8, sinks=0),
     Case(10, 20, 30, window=8, sinks=2),
     Case(6, 9, -6),
-    Case(45, 45, padded=True),
+    Case(45, 45, heads=4, kv_heads=2, padded=True),
     Case(45, 45, window=30, sinks=0, padded=True, transposed=True),
     Case(37, 37, is_causal=False),
     Case(40, 20, -10, is_causal=False),
@@ -138,4 +138,9 @@ def assert_matches_reference(case: Case, impl: str, dtype: torch.dtype, device="
     low = attend(case, "", q, k, v, low=True)
     for name, a, b, c in zip(Result._fields, got, oracle, low, strict=True):
         assert a.dtype == (c.dtype if name != "lse" else torch.promote_types(dtype, torch.float32))
-        assert_within_budget(a, b, c, label=f"{name} of {case.id}")
+        # dp - delta cancels terms of this size: for a single key the gradient is their rounding.
+        magnitude = case.value_dim**0.5 if name in ("dq", "dk") else 1.0
+        if impl == "triton" and dtype is torch.float32 and name in ("dq", "dk", "dv"):
+            # The kernels recompute p = exp(s - lse) from an lse rounded to float32.
+            magnitude = max(magnitude, oracle.lse.masked_fill(oracle.lse.isinf(), 0.0).abs().max())
+        assert_within_budget(a, b, c, magnitude=magnitude, label=f"{name} of {case.id}")

@@ -106,6 +106,18 @@ _TABLE = (
         state_name="WindowState",
         has_triton=True,
     ),
+    Mechanism(
+        name="stick_breaking",
+        summary="keys take shares of a stick, nearest first: no positions, exact, early stop",
+        paper="arXiv:2410.17980",
+        package="stick_breaking",
+        config_name="StickBreakingConfig",
+        merge="stick_breaking",
+        is_causal_only=True,
+        on_pretrained=False,
+        state_name="StickBreakingState",
+        has_triton=True,
+    ),
 )
 
 MECHANISMS: dict[str, Mechanism] = {mechanism.name: mechanism for mechanism in _TABLE}

@@ -1,4 +1,4 @@
-"""generate(): greedy, beams, chunked prefill, assisted, prefix tuning, static and bounded caches."""
+"""generate(): greedy, beams, chunked prefill, assisted, prefix tuning, all kinds of caches."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_bounded_cache_refuses_to_roll_back(model):
 
 
 def test_make_cache_needs_a_patch(model):
-    with pytest.raises(PatchError, match="it is not patched.*Call longspan.hf.patch first"):
+    with pytest.raises(PatchError, match=r"it is not patched.*Call longspan.hf.patch first"):
         make_cache(model)
 
 

@@ -104,7 +104,7 @@ def test_window_over_everything_is_exact_attention(impl):
 
 
 def test_batch_neighbours_do_not_matter():
-    case = Case(90, 90, window=20, sinks=4, batch=5)
+    case = Case(90, 90, window=20, sinks=4, batch=5, heads=4, kv_heads=2)
     q, k, v = make_qkv(5, 4, 90, 16, kv_heads=2)
     whole = attend(case, "eager", q, k, v)
     for entry in (0, 3):

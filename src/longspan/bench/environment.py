@@ -85,10 +85,9 @@ def _commit() -> tuple[str | None, bool | None]:
 
 
 def _command() -> str:
-    """The command line, without the directories of this machine."""
-    return shlex.join(
-        ["python", os.path.relpath(sys.argv[0]) if sys.argv[0] else "-", *sys.argv[1:]]
-    )
+    """The command line; of absolute paths only the last part, to keep this machine out of it."""
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
+    return shlex.join(["python", *words])
 
 
 def _run(*command: str) -> str | None:

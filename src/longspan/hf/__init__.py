@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_adapter, save_adapter
     from .patching import Patch, patch
     from .plan import LayerPlan, format_config, parse_config
+    from .positions import PositionReport, without_positions
     from .report import LayerReport
 
 _LAZY = {
@@ -34,6 +35,8 @@ _LAZY = {
     "format_config": "plan",
     "parse_config": "plan",
     "LayerReport": "report",
+    "PositionReport": "positions",
+    "without_positions": "positions",
 }
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "LayerPlan",
     "LayerReport",
     "Patch",
+    "PositionReport",
     "format_config",
     "load_adapter",
     "make_cache",
@@ -48,6 +52,7 @@ __all__ = [
     "patch",
     "register",
     "save_adapter",
+    "without_positions",
 ]
 
 

@@ -49,7 +49,9 @@ def make_cache(model: nn.Module) -> Cache:
         state = route.mechanism.state_class
         if route.reason is not None or attention.is_sliding or not hasattr(state, "kept_keys"):
             continue
-        first, recent = state.kept_keys(route.config)  # type: ignore[union-attr]
+        kept = state.kept_keys(route.config)  # type: ignore[union-attr]
+        if kept is None:  # these settings need every key
+            continue
         position = cast(int, attention.module.layer_idx)
-        layers[position] = BoundedLayer(first, recent)
+        layers[position] = BoundedLayer(*kept)
     return Cache(layers=layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PatchError
+from ..errors import LongspanWarning, PatchError
 from ..exact.config import ExactConfig
 from ..mechanisms import get_mechanism, mechanism_of_config
 from .attention import IMPLEMENTATION, ROUTE, register
@@ -57,6 +58,10 @@ def patch(
             model that does not ask transformers' attention interface.
         UnsupportedError: the check found something that cannot be honoured.
 
+    Warns:
+        LongspanWarning: the mechanism means nothing to a model that was trained with softmax
+            attention.
+
     Semantics:
         Layers left alone run exact attention with everything the model asks for (sliding
         windows, padding, packed documents). What a call cannot honour raises UnsupportedError.
@@ -85,6 +90,7 @@ def patch(
             f"layers: {layers!r} selects none of the {len(found)} attention layers, of which "
             f"{len(sliding)} have a sliding window. Use layers='every' or name indices."
         )
+    _warn_untrained(plan)
     return Patch(model, found, plan, settings, verify)
 
 
@@ -228,6 +234,19 @@ def patch_of(model: nn.Module) -> dict[int, tuple[AttentionLayer, Route]] | None
         if hasattr(layer.module, ROUTE)
     }
     return routes or None
+
+
+def _warn_untrained(plan: LayerPlan) -> None:
+    for mechanism in {mechanism_of_config(c).name: c for c in plan.configs.values()}:
+        if not get_mechanism(mechanism).on_pretrained:
+            warnings.warn(
+                f"patch: {mechanism} is not an approximation of softmax attention; a model that "
+                "was trained with softmax gives meaningless text under it until it is trained "
+                "again. Positions that the model adds itself (rotary) stay: take them out with "
+                "longspan.hf.without_positions(model), in training and in use.",
+                LongspanWarning,
+                stacklevel=3,
+            )
 
 
 def _route(layer: AttentionLayer, plan: LayerPlan, settings: dict[str, Any]) -> Route:

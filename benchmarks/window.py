@@ -1,0 +1,226 @@
+"""Window attention against exact attention on a GPU: checks first, then times.
+
+    python benchmarks/window.py --out results.jsonl [--tune] [--lengths 4096 131072]
+
+The floor of the forward is the larger of its arithmetic at the rate that a large matrix product
+reaches on this device, and of reading the inputs and writing the output at its copy rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longspan import WindowConfig, window_attention
+from longspan._triton.launch import KernelConfig
+from longspan._validation import validate
+from longspan.bench.environment import environment
+from longspan.bench.measure import append_rows, make_row, peak_bytes, time_call
+from longspan.bench.selfcheck import run_selfcheck
+from longspan.window.api import visited_fraction
+from longspan.window.impl.triton.backward import triton_backward
+from longspan.window.impl.triton.forward import triton_forward
+
+HEADS = 32
+CONFIG = WindowConfig(window=1024, num_sinks=4)
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+DEVICE = torch.device("cuda")
+_SLOW_BACKWARD = 65536  # exact attention beyond this length: forward only
+
+# (head dim) -> candidates; what runs by default is in longspan/window/impl/triton/configs.py.
+TUNE_FORWARD = {
+    64: [(128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 4, 2)],
+    128: [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2),
+          (128, 64, 4, 2)],
+}  # fmt: skip
+TUNE_QUERY = {
+    64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)],
+    128: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (128, 32, 8, 3)],
+}
+TUNE_KEY = {
+    64: [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (32, 128, 4, 3), (32, 128, 8, 3)],
+    128: [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)],
+}
+
+
+def main() -> None:
+    """Check, measure the ceilings, time, write rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="JSON lines file to append to")
+    parser.add_argument("--lengths", type=int, nargs="+",
+                        default=[4096, 16384, 32768, 65536, 131072])  # fmt: skip
+    parser.add_argument("--tune", action="store_true", help="time the tile candidates, then stop")
+    options = parser.parse_args()
+    errors = check()
+    if options.tune:
+        tune(max(options.lengths))
+        return
+    ceilings = measure_ceilings()
+    where = environment(DEVICE)
+    for dim in (64, 128):
+        for length in options.lengths:
+            rows = measure(length, dim, ceilings, errors, where)
+            append_rows(options.out, rows)
+            show(rows)
+
+
+def check() -> dict[str, float]:
+    """Forward and gradients of every dtype against float64; the largest error for each dtype."""
+    rows = [row for row in run_selfcheck(DEVICE, ["window"]) if row.impl == "triton"]
+    for row in rows:
+        print(f"check {row.case:14} {row.dtype:9} error {row.error:.2e} budget {row.budget:.2e}",
+              "ok" if row.passed else f"FAILED {row.skipped_reason or ''}", flush=True)  # fmt: skip
+    if not all(row.passed for row in rows):
+        raise SystemExit("the kernels are wrong on this device; nothing was timed")
+    return {
+        dtype: max(r.error for r in rows if r.dtype == dtype) for dtype in {r.dtype for r in rows}
+    }
+
+
+def measure_ceilings() -> dict[str, float]:
+    """What this device reaches: bf16 matrix product in FLOP/s, copy in bytes/s."""
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product = time_call(lambda: a @ b, device=DEVICE).ms_p50
+    big = torch.randn(2**28, device=DEVICE)
+    copy = time_call(lambda: big.clone(), device=DEVICE).ms_p50
+    found = {"flops": 2 * 8192**3 / product * 1e3, "bytes": 2 * big.nbytes / copy * 1e3}
+    print(f"ceilings: {found['flops'] / 1e12:.0f} TFLOP/s, {found['bytes'] / 1e12:.2f} TB/s")
+    return found
+
+
+def inputs(length: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """query, key, value with gradients, and an upstream gradient."""
+    made = [torch.randn(1, HEADS, length, dim, device=DEVICE, dtype=torch.bfloat16)
+            for _ in range(4)]  # fmt: skip
+    return tuple(t.requires_grad_(i < 3) for i, t in enumerate(made))  # type: ignore[return-value]
+
+
+def measure(
+    length: int,
+    dim: int,
+    ceilings: dict[str, float],
+    errors: dict[str, float],
+    where: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Rows of exact and of window attention at one length and head dim."""
+    q, k, v, up = inputs(length, dim)
+    shape = {"batch": 1, "heads": HEADS, "kv_heads": HEADS, "length": length, "head_dim": dim,
+             "dtype": "bfloat16", "is_causal": True}  # fmt: skip
+    visited = visited_fraction(CONFIG, length, length, is_causal=True)
+    scores = HEADS * length * (length + 1) / 2
+    rows = []
+
+    def time_both(
+        mechanism: str,
+        config: Any,
+        run: Callable[[], Tensor],
+        share: float,
+        error: float | None,
+        backward: bool,
+    ) -> None:
+        def forward() -> None:
+            with torch.no_grad():
+                run()
+
+        def both() -> None:
+            torch.autograd.grad(run(), (q, k, v), up)
+
+        for stage, fn in (("forward", forward), ("forward_backward", both)):
+            if stage != "forward" and not backward:
+                continue
+            products = 2 if stage == "forward" else 7  # 5 in a backward that shares the scores
+            tensors = 4 if stage == "forward" else 12
+            floor = 1e3 * max(products * 2 * dim * scores * share / ceilings["flops"],
+                              tensors * q.nbytes / ceilings["bytes"])  # fmt: skip
+            slow = length >= _SLOW_BACKWARD and mechanism == "exact"
+            timing = time_call(fn, device=DEVICE, warmup_ms=0 if slow else 25,
+                               measure_ms=0 if slow else 100, least_calls=3)  # fmt: skip
+            rows.append(make_row(
+                mechanism=mechanism, impl=str(config) if mechanism == "exact" else "triton",
+                config=config, shape=shape, stage=stage, timing=timing, environment=where,
+                verified=True, max_abs_error=error, peak=peak_bytes(fn, DEVICE), floor_ms=floor,
+                floor_ratio=timing.ms_p50 / floor, visited_fraction=share))  # fmt: skip
+
+    for name, backend in BACKENDS.items():
+
+        def exact(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        time_both("exact", name, exact, 1.0, None, length <= _SLOW_BACKWARD)
+
+    def window() -> Tensor:
+        return window_attention(q, k, v, is_causal=True, config=CONFIG, impl="triton")
+
+    time_both("window", CONFIG, window, visited, errors["bfloat16"], True)
+    for row in rows:
+        if row["mechanism"] == "window":
+            rivals = [r["ms_p50"] for r in rows
+                      if r["mechanism"] == "exact" and r["pass"] == row["pass"]]  # fmt: skip
+            row["speedup_over_best_exact"] = min(rivals) / row["ms_p50"] if rivals else None
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line per row."""
+    for row in rows:
+        ratio = row.get("speedup_over_best_exact")
+        print(f"d={row['head_dim']:3} n={row['length']:6} {row['mechanism']:6} {row['impl']:6} "
+              f"{row['pass']:16} {row['ms_p50']:9.3f} ms  floor {row['floor_ms']:8.3f}  "
+              f"x{row['floor_ratio']:.2f}" + (f"  {ratio:.1f} times exact" if ratio else ""),
+              flush=True)  # fmt: skip
+
+
+Trial = tuple[int, str, tuple[int, int, int, int]]  # head dim, kernel, tile sizes
+
+
+def trials() -> list[Trial]:
+    """Every candidate."""
+    listed = (("kernel", TUNE_FORWARD), ("query_kernel", TUNE_QUERY), ("key_kernel", TUNE_KEY))
+    return [(dim, name, sizes) for name, table in listed for dim in table for sizes in table[dim]]
+
+
+def tune(length: int) -> None:
+    """Time the candidates of each kernel; the other backward kernels run by default."""
+    with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
+        list(pool.map(warm, trials()))  # compiles in parallel, into Triton's cache on disk
+    for trial in trials():
+        print("tune d={} {} {}:".format(*trial), run_trial(trial, length), flush=True)
+
+
+def warm(trial: Trial) -> None:
+    """Compile a candidate."""
+    run_trial(trial, 1024, is_timed=False)
+
+
+def run_trial(trial: Trial, length: int, is_timed: bool = True) -> str:
+    """Time of a candidate, or why it does not run."""
+    dim, argument, sizes = trial
+    q, k, v, up = (t.detach() for t in inputs(length, dim))
+    call = validate("tune", q, k, v, is_causal=True)
+    output, lse = triton_forward(call, CONFIG, None, None, 0, 0)
+    if argument == "kernel":
+        run = functools.partial(triton_forward, call, CONFIG, None, None, 0, 0)
+    else:
+        run = functools.partial(
+            triton_backward, call, CONFIG, up, None, output, lse, None, None, 0, 0
+        )
+    run = functools.partial(run, **{argument: KernelConfig(*sizes)})
+    try:
+        run()
+        return f"{time_call(run, device=DEVICE).ms_p50:.3f} ms" if is_timed else ""
+    except Exception as error:  # a candidate may need too much shared memory
+        return type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Every kernel in its production configurations, for the ahead-of-time compile check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...._triton.aot import AotCase
+from ...._triton.launch import KernelConfig
+from .backward import (
+    _DELTA_ROWS,
+    _window_delta_bwd_kernel,
+    _window_key_bwd_kernel,
+    _window_query_bwd_kernel,
+    _window_sink_bwd_kernel,
+)
+from .configs import (
+    SINK_ROWS,
+    SINK_TILE,
+    forward_configs,
+    key_configs,
+    query_configs,
+    sink_config,
+)
+from .forward import _window_fwd_kernel
+from .tiles import block_dim
+
+__all__ = ["cases"]
+
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_SINGLE_POINTERS = ("lse_ptr", "delta_ptr", "dlse_ptr", "part_k_ptr", "part_v_ptr")
+_SHARED = {80: ("medium", "small"), 90: ("large",)}
+
+
+def cases(capability: int) -> list[AotCase]:
+    """Configurations that run on devices of sm_<capability>: bf16 and float32, causal."""
+    made = []
+    for shared in _SHARED[capability]:
+        for dim in (64, 128, 256):
+            for dtype in (torch.bfloat16, torch.float32):
+                if shared == "small" and dtype is torch.float32:
+                    continue  # the same as for the other classes
+                made.extend(_cases(dim, dtype, shared))
+    return made
+
+
+def _cases(dim: int, dtype: torch.dtype, shared: str) -> Iterator[AotCase]:
+    label = f"{str(dtype).removeprefix('torch.')}/d{dim}/{shared}"
+    for sizes in forward_configs(dim, dim, dtype, shared)[:1]:
+        yield _case("window/fwd", label, _window_fwd_kernel, sizes, dtype, dim,
+                    BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
+    for sizes in query_configs(dim, dim, dtype, shared)[:1]:
+        yield _case("window/query_bwd", label, _window_query_bwd_kernel, sizes, dtype, dim,
+                    BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
+    for sizes in key_configs(dim, dim, dtype, shared)[:1]:
+        yield _case("window/key_bwd", label, _window_key_bwd_kernel, sizes, dtype, dim,
+                    BLOCK_N=sizes.block_n, ROWS=SINK_ROWS)  # fmt: skip
+    if shared == "small":
+        return  # the two others do not depend on the shared memory
+    sizes = sink_config(dim, dim, dtype)
+    yield _case("window/sink_bwd", label, _window_sink_bwd_kernel, sizes, dtype, dim,
+                BLOCK_S=SINK_TILE, ROWS=SINK_ROWS)  # fmt: skip
+    sizes = KernelConfig(_DELTA_ROWS, 0, 4, 1)
+    yield _case("window/delta_bwd", label, _window_delta_bwd_kernel, sizes, dtype, dim)
+
+
+def _case(
+    name: str, label: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: int,
+    **blocks: int,
+) -> AotCase:  # fmt: skip
+    known: dict[str, Any] = {
+        "cu_q_ptr": None, "cu_k_ptr": None, "lengths_ptr": None, "GROUP": 1, "DIM": dim,
+        "VALUE_DIM": dim, "BLOCK_M": sizes.block_m, "BLOCK_D": block_dim(dim),
+        "BLOCK_DV": block_dim(dim), "IS_CAUSAL": True, "IS_PACKED": False, "HAS_LENGTHS": False,
+        "HAS_DLSE": False, "UPCAST": False, **blocks,
+    }  # fmt: skip
+    if name == "window/delta_bwd":
+        known["dlse_ptr"] = None
+    constexprs = {n: known[n] for n in kernel.arg_names if n in known}
+    signature: dict[str, str] = {}
+    for argument in kernel.arg_names:
+        if argument in constexprs:
+            continue
+        if argument.endswith("_ptr"):
+            signature[argument] = "*fp32" if argument in _SINGLE_POINTERS else _TYPES[dtype]
+        else:
+            signature[argument] = "fp32" if argument == "scale" else "i32"
+    tiles = "x".join(
+        str(blocks.get(n, sizes.block_m))
+        for n in ("BLOCK_M", "BLOCK_N")
+        if n == "BLOCK_M" or n in blocks
+    )
+    return AotCase(
+        name=f"{name}/{label}/{tiles}/w{sizes.num_warps}s{sizes.num_stages}",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+        aligned=tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_")),
+    )

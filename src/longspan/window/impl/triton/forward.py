@@ -1,0 +1,184 @@
+"""Forward kernel of window attention: one program per tile of queries of one head.
+
+| | |
+|---|---|
+| dtypes | float16, bfloat16, float32 (accumulation in float32) |
+| head dim, value dim | 1 to 256, may differ; tiles are padded to a power of two |
+| architectures | sm_80 and later |
+| causal, not causal, query_offset, key_lengths, packed, grouped heads | yes |
+| backward | yes, deterministic (`backward.py`) |
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...._triton.launch import KernelConfig, interpreting, pick
+from ...._validation import Call
+from ...config import WindowConfig
+from .configs import SINK_TILE, forward_configs, shared_class
+from .tiles import (
+    LN2,
+    LOG2E,
+    block_dim,
+    grid_of,
+    kernel_input,
+    load_tile,
+    masked_count,
+    masked_tile,
+    run_bounds,
+    sequence_of,
+    store_tile,
+    upcasts,
+    visible,
+)
+
+__all__ = ["triton_forward"]
+
+_UNSPECIALIZED = ["n_q", "n_k", "query_offset", "window", "num_sinks"]
+
+
+@triton.jit
+def _accumulate(
+    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, limit, p, offs_n, offs_d, offs_dv,
+    scale, n_k, window, num_sinks,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax; KIND is "full", "masked" or "sink" (columns below limit)."""
+    k = load_tile(
+        k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
+    )
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if KIND == "full":
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+        w = tl.math.exp2(s * scale - m_new[:, None])
+        shrink = tl.math.exp2(m_i - m_new)
+    else:
+        j = start + offs_n[None, :]
+        if KIND == "masked":
+            seen = visible(p[:, None], j, n_k, window, num_sinks, IS_CAUSAL)
+        else:
+            seen = j < limit
+        s = tl.where(seen, s * scale, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN in empty rows
+        w = tl.math.exp2(s - m_safe[:, None])
+        shrink = tl.math.exp2(m_i - m_safe)
+    l_i = l_i * shrink + tl.sum(w, 1)
+    v = load_tile(
+        v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST
+    )
+    acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, l_i, m_new
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _window_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, lengths_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on, stride_lb, stride_lh,
+    scale, heads, n_q, n_k, query_offset, window, num_sinks,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Output and lse of BLOCK_M queries of one head."""
+    tiles = tl.cdiv(n_q, BLOCK_M)
+    start_m = tl.program_id(0) % tiles * BLOCK_M
+    b = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    h = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    q_start, k_start, n_q, n_k, query_offset = sequence_of(
+        b, cu_q_ptr, cu_k_ptr, lengths_ptr, n_q, n_k, query_offset, IS_PACKED, HAS_LENGTHS)  # fmt: skip
+    if start_m >= n_q:
+        return
+    if IS_PACKED:
+        b = b * 0
+    q_ptr += b * stride_qb + h * stride_qh + q_start * stride_qn
+    k_ptr += b * stride_kb + h // GROUP * stride_kh + k_start * stride_kn
+    v_ptr += b * stride_vb + h // GROUP * stride_vh + k_start * stride_vn
+    o_ptr += b * stride_ob + h * stride_oh + q_start * stride_on
+    lse_ptr += b * stride_lb + h * stride_lh + q_start
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    # [BLOCK_M, BLOCK_D]
+    q = load_tile(q_ptr, stride_qn, start_m, n_q, offs_m, offs_d, DIM, BLOCK_D, True, UPCAST)
+    q = tl.where(scale < 0, -q, q)  # the full tiles take the maximum before the scale
+    scale = tl.abs(scale) * LOG2E
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+
+    first = start_m + query_offset  # key indices of the rows
+    last = tl.minimum(start_m + BLOCK_M, n_q) - 1 + query_offset
+    p = first + offs_m
+    begin, full_begin, full_end, end, sink_end = run_bounds(
+        first, last, n_k, window, num_sinks, IS_CAUSAL, BLOCK_N)  # fmt: skip
+    for start in range(full_begin, full_end, BLOCK_N):
+        acc, l_i, m_i = _accumulate(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
+            offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+            IS_CAUSAL, "full", UPCAST)  # fmt: skip
+    for t in range(0, masked_count(begin, full_begin, full_end, end, BLOCK_N)):
+        start = masked_tile(t, begin, full_begin, full_end, BLOCK_N)
+        acc, l_i, m_i = _accumulate(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
+            offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+            IS_CAUSAL, "masked", UPCAST)  # fmt: skip
+    for start in range(0, sink_end, BLOCK_S):
+        acc, l_i, m_i = _accumulate(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, p,
+            tl.arange(0, BLOCK_S), offs_d, offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
+
+    empty = l_i == 0.0
+    l_safe = tl.where(empty, 1.0, l_i)
+    store_tile(o_ptr, stride_on, start_m, n_q, offs_m, offs_dv, acc / l_safe[:, None], VALUE_DIM)
+    lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * LN2)
+    tl.store(lse_ptr + start_m + offs_m, lse, mask=start_m + offs_m < n_q)
+
+
+def triton_forward(
+    call: Call,
+    config: WindowConfig,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    kernel: KernelConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N_q, D_v) and lse (B, H, N_q), float32; `kernel` overrides the tile sizes."""
+    query, key, value = (kernel_input(t) for t in (call.query, call.key, call.value))
+    batch, heads, n_q, dim = query.shape
+    value_dim = value.shape[-1]
+    packed = cu_seqlens_q is not None
+    output = query.new_empty((batch, heads, n_q, value_dim))
+    lse = query.new_empty((batch, heads, n_q), dtype=torch.float32)
+    if output.numel() == 0 or key.shape[2] == 0:
+        return output.zero_(), lse.fill_(float("-inf"))
+    entries, rows = (len(cu_seqlens_q) - 1, max_seqlen_q) if packed else (batch, n_q)
+    sizes = kernel or pick(forward_configs(dim, value_dim, query.dtype, shared_class(query.device)))
+    grid = grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)
+    if grid[0] == 0:
+        return output.zero_(), lse.fill_(float("-inf"))
+    _window_fwd_kernel[grid](
+        query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, call.key_lengths,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+        *lse.stride()[:2], call.scale, heads, rows, max_seqlen_k if packed else key.shape[2],
+        call.query_offset, config.window, config.num_sinks,
+        GROUP=heads // key.shape[1], DIM=dim, VALUE_DIM=value_dim,
+        BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE,
+        BLOCK_D=block_dim(dim), BLOCK_DV=block_dim(value_dim),
+        IS_CAUSAL=call.is_causal, IS_PACKED=packed, HAS_LENGTHS=call.key_lengths is not None,
+        UPCAST=upcasts(query.dtype, interpreting()),
+        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
+    )  # fmt: skip
+    return output, lse

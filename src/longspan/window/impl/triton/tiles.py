@@ -1,0 +1,148 @@
+"""What the kernels of window attention share: which tiles a program visits, loads, launching.
+
+A tile of queries sees a run of key tiles. Tiles in the middle of the run are visible in full and
+take no mask; `run_bounds` separates them from the masked ones at both ends. Sinks before the run
+are visible to every row of the tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...._triton.launch import unit_last_stride
+from ....errors import UnsupportedError
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+_MOST_PROGRAMS = 2**31 - 1
+_MOST_TILE_ROWS = 256
+
+
+@triton.jit
+def sequence_of(
+    b, cu_q_ptr, cu_k_ptr, lengths_ptr, n_q, n_k, query_offset,
+    IS_PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """First row of query and of key, their lengths, and the key index of query 0, for entry b."""
+    q_start = b * 0
+    k_start = b * 0
+    if IS_PACKED:
+        q_start = tl.load(cu_q_ptr + b).to(tl.int64)
+        k_start = tl.load(cu_k_ptr + b).to(tl.int64)
+        n_q = (tl.load(cu_q_ptr + b + 1) - q_start).to(tl.int32)
+        n_k = (tl.load(cu_k_ptr + b + 1) - k_start).to(tl.int32)
+        query_offset = n_k - n_q
+    if HAS_LENGTHS:
+        n_k = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), n_k)
+    return q_start, k_start, n_q, n_k, query_offset
+
+
+@triton.jit
+def load_tile(
+    ptr, stride, start, length, offs_n, offs_d,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. of a (length, DIM) matrix; zero outside. Upcast where kernels are interpreted."""
+    # 64 bits to the tile, 32 bits inside of it: stride * 256 < 2**31 is checked at the launch.
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + (offs_n[:, None] * stride + offs_d[None, :])
+    if MASKED:
+        if DIM == BLOCK_D:
+            tile = tl.load(ptrs, mask=(start + offs_n < length)[:, None], other=0.0)
+        else:
+            mask = (start + offs_n < length)[:, None] & (offs_d < DIM)[None, :]
+            tile = tl.load(ptrs, mask=mask, other=0.0)
+    elif DIM == BLOCK_D:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    ptr, stride, start, length, offs_n, offs_d, tile, DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. of a (length, DIM) matrix."""
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + (offs_n[:, None] * stride + offs_d[None, :])
+    mask = (start + offs_n < length)[:, None] & (offs_d < DIM)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def run_bounds(
+    first, last, n_k, window, num_sinks, IS_CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Key tiles that queries at key indices first .. last see.
+
+    Returns (begin, full_begin, full_end, end, sink_end): the run is begin .. end in steps of
+    BLOCK_N, tiles in full_begin .. full_end take no mask, sinks 0 .. sink_end lie before the run.
+    """
+    begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+    full_begin = (tl.maximum(last - window + 1, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    if IS_CAUSAL:
+        end = tl.minimum(last + 1, n_k)
+        full_end = tl.minimum(first + 1, n_k)
+    else:
+        # Rows before the first key see the sinks behind their window.
+        end = tl.minimum(tl.maximum(last + window, num_sinks), n_k)
+        full_end = tl.minimum(first + window, n_k)
+    full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
+    full_end = tl.maximum(full_end, full_begin)
+    sink_end = tl.minimum(tl.minimum(num_sinks, n_k), begin)
+    return begin, full_begin, full_end, end, sink_end
+
+
+@triton.jit
+def masked_tile(t, begin, full_begin, full_end, BLOCK_N: tl.constexpr):
+    """Start of the masked tile number t of a run: those before the full ones, then those after."""
+    before = (full_begin - begin) // BLOCK_N
+    return tl.where(t < before, begin + t * BLOCK_N, full_end + (t - before) * BLOCK_N)
+
+
+@triton.jit
+def masked_count(begin, full_begin, full_end, end, BLOCK_N: tl.constexpr):
+    """How many tiles of a run take a mask."""
+    before = tl.minimum(full_begin - begin, tl.maximum(end - begin, 0) + BLOCK_N - 1) // BLOCK_N
+    after = (tl.maximum(end - full_end, 0) + BLOCK_N - 1) // BLOCK_N
+    return before + after
+
+
+@triton.jit
+def visible(p, j, n_k, window, num_sinks, IS_CAUSAL: tl.constexpr):
+    """Whether the query at key index p sees key j; p and j broadcast."""
+    if IS_CAUSAL:
+        return ((p - j < window) | (j < num_sinks)) & (j <= p) & (j < n_k)
+    return (((p - j < window) & (j - p < window)) | (j < num_sinks)) & (j < n_k)
+
+
+def kernel_input(tensor: Tensor) -> Tensor:
+    """`tensor`, or a contiguous copy if its strides are outside of what the kernels take."""
+    tensor = unit_last_stride(tensor)
+    return tensor if tensor.stride(2) * _MOST_TILE_ROWS < 2**31 else tensor.contiguous()
+
+
+def grid_of(tiles: int, entries: int, heads: int) -> tuple[int]:
+    """One axis, because only the first may pass 65535."""
+    programs = tiles * entries * heads
+    if programs > _MOST_PROGRAMS:
+        raise UnsupportedError(
+            f'window_attention(impl="triton"): the call needs {programs} programs; at most '
+            f"{_MOST_PROGRAMS} can be launched. Split the batch, or use impl='eager'."
+        )
+    return (programs,)
+
+
+def block_dim(dim: int) -> int:
+    """Columns of a tile for a head dim: a power of two, at least 16 for the matrix units."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def upcasts(dtype: torch.dtype, interpreted: bool) -> bool:
+    """The interpreter computes half precision wrongly (bfloat16) or slowly: cast after the load."""
+    return interpreted and dtype is not torch.float32
