@@ -146,6 +146,21 @@ def test_settings_that_cut_are_noticed():
         assert distance(run(model, input_ids=tokens()), expected) > 0.1
 
 
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_inference_mode(side):
+    model = tiny()
+    mask = padded(side)
+    inputs = {"input_ids": tokens(3), "position_ids": positions(mask), "attention_mask": mask}
+    expected = run(model, **inputs)
+    packed = {"input_ids": tokens(1, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    apart = run(model, **packed)
+    with patch(model, WindowConfig(window=64)), torch.inference_mode():
+        inputs = {name: value.clone() for name, value in inputs.items()}
+        assert distance(model(**inputs).logits, expected, mask) < TOLERANCE
+        packed = {name: value.clone() for name, value in packed.items()}
+        assert distance(model(**packed, use_cache=False).logits, apart) < TOLERANCE
+
+
 def test_float64_to_rounding():
     model = tiny().double()
     mask = padded("both")

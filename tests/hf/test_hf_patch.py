@@ -163,8 +163,10 @@ def test_settings_reach_the_mechanism(model):
         expected = model(tokens()).logits
     with patch(model, SMALL, impl="eager", verify=False):
         assert distance(model(tokens()).logits, expected) < 1e-5
-    with pytest.raises(PatchError, match=r"failed on two tokens.*impl is 'fast'"):
+    with pytest.raises(ConfigError, match="impl is 'fast'"):
         patch(model, SMALL, impl="fast")
+    with pytest.raises(PatchError, match=r"failed on two tokens.*'speed'.*verify=False"):
+        patch(model, SMALL, speed=3)
     assert model.config._attn_implementation == "eager"
 
 

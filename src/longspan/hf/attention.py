@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import LongspanWarning, UnsupportedError
+from ..exact.api import exact_attention
 from ..exact.config import ExactConfig
 from ..mechanisms import get_mechanism
 from ..window.config import WindowConfig
@@ -107,10 +108,9 @@ def _run_custom(request: Request, attention_mask: Tensor, dropout: float) -> Ten
             " Patched layers take a 2-D padding mask (B, N), packed position_ids, or none. Pass "
             "one of these, or leave the layer unpatched."
         )
-    function = get_mechanism("exact").function
     n_q, n_k = request.query.shape[2], request.key.shape[2]
     route.count(((n_q, n_k),) * request.query.shape[0])
-    return function(  # type: ignore[no-any-return]
+    return exact_attention(
         request.query, request.key, request.value, attention_mask, dropout, False,
         scale=request.scale, enable_gqa=True,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def make_cache(model: nn.Module) -> Cache:
     Semantics:
         Generation gives what the patched model gives with a full cache, also for padded batches
         and beams. A bounded layer cannot be rolled back once it dropped keys, so assisted
-        decoding is refused. Not for compiled models.
+        decoding is refused. In a compiled model it breaks the graph.
 
     Example:
         >>> with patch(model, WindowConfig(window=512)):

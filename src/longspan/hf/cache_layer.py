@@ -13,6 +13,10 @@ from ..errors import UnsupportedError
 __all__ = ["BoundedLayer", "holder_of"]
 
 _HOLDER = "_longspan_cache_layer"
+_NOT_TRACED = torch.compiler.disable(
+    reason="a cache made by longspan.hf.make_cache changes its length; with fullgraph=True use "
+    "transformers' StaticCache"
+)
 
 
 def holder_of(key: Tensor) -> BoundedLayer | None:
@@ -47,15 +51,11 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.columns = self.columns.to(self.device)
         self.is_initialized = True
 
+    @_NOT_TRACED
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append, and return the kept keys and values followed by the new ones."""
-        if torch.compiler.is_compiling():
-            raise UnsupportedError(
-                "past_key_values: a cache made by longspan.hf.make_cache changes its length and "
-                "cannot be compiled. Use transformers' StaticCache, or do not compile."
-            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
@@ -67,10 +67,12 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
         setattr(self.keys, _HOLDER, self)
         return self.keys, self.values
 
+    @_NOT_TRACED
     def mask_of_keys(self, mask: Tensor) -> Tensor:
         """(B, K) of a mask over all tokens seen (B, seen): the columns of the keys held now."""
         return mask.gather(1, self.columns.expand(mask.shape[0], -1))
 
+    @_NOT_TRACED
     def trim(self, key_mask: Tensor | None) -> None:
         """Drop what no later query can see. key_mask: (B, K), True for real tokens; None: all."""
         self.keys.__dict__.pop(_HOLDER, None)  # a tensor that points at its owner is never freed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..exact.config import ExactConfig
-from ..mechanisms import get_mechanism
+from ..window.api import window_attention_varlen
 from ..window.config import WindowConfig
 from .masks import Layout, layout_of_mask
 from .report import Route
@@ -140,7 +140,7 @@ def _varlen(
     if isinstance(route.config, ExactConfig) and torch.compiler.is_compiling() and not half:
         # Torch has no packed kernel for these inputs, and reading the bounds breaks the graph;
         # a window over everything is exact attention, by an operator that tracing can follow.
-        function = get_mechanism("window").function_varlen
+        function = window_attention_varlen
         arguments["config"] = WindowConfig(window=longest_k, num_sinks=0)
     return _tensor(function(query, key, value, cu_q, cu_k, longest_q, longest_k, **arguments))
 

@@ -115,10 +115,9 @@ def layout_of_mask(mask: Tensor, n_q: int) -> Layout:
     Made once per mask and kept on the tensor, so that the layers of a model share it: finding
     the real tokens costs a device synchronisation.
     """
-    key = (mask._version, n_q)
-    kept = getattr(mask, "_longspan_layout", None)
-    if kept is not None and kept[0] == key:
-        return kept[1]  # type: ignore[no-any-return]
+    kept = _recall(mask, n_q)
+    if kept is not None:
+        return kept[0]
     queries = mask[:, mask.shape[1] - n_q :]
     sides = []
     for side in (queries, mask):
@@ -129,7 +128,7 @@ def layout_of_mask(mask: Tensor, n_q: int) -> Layout:
         q_index, k_index, cu_q, cu_k, max(q_counts), max(k_counts),
         tuple(zip(q_counts, k_counts, strict=True)),
     )  # fmt: skip
-    mask._longspan_layout = (key, layout)  # type: ignore[attr-defined]
+    _remember(mask, n_q, layout)
     return layout
 
 
@@ -138,10 +137,9 @@ def layout_of_documents(position_ids: Tensor, batch: int) -> Layout | None:
 
     None if every row is one document. Kept on the tensor, as in `layout_of_mask`.
     """
-    key = (position_ids._version, batch)
-    kept = getattr(position_ids, "_longspan_layout", None)
-    if kept is not None and kept[0] == key:
-        return kept[1]  # type: ignore[no-any-return]
+    kept = _recall(position_ids, batch)
+    if kept is not None:
+        return kept[0]
     layout = None
     starts = position_ids.diff(dim=1) != 1
     if bool(starts.any()):
@@ -151,7 +149,7 @@ def layout_of_documents(position_ids: Tensor, batch: int) -> Layout | None:
         end = torch.full((1,), rows * n, dtype=marks.dtype, device=marks.device)
         cu = torch.cat((marks, end)).to(torch.int32)
         layout = layout_of_bounds(cu, cu)
-    position_ids._longspan_layout = (key, layout)  # type: ignore[attr-defined]
+    _remember(position_ids, batch, layout)
     return layout
 
 
@@ -210,6 +208,18 @@ def _traced_static_mask(
             "prefill of padded batches without torch.compile",
         )
     return mask.to(torch.uint8)
+
+
+def _remember(tensor: Tensor, key: int, layout: Any) -> None:
+    if not tensor.is_inference():  # these do not count their changes in place
+        tensor._longspan_layout = (tensor._version, key, layout)  # type: ignore[attr-defined]
+
+
+def _recall(tensor: Tensor, key: int) -> tuple[Any] | None:
+    kept = getattr(tensor, "_longspan_layout", None)
+    if kept is None or kept[:2] != (tensor._version, key):
+        return None
+    return (kept[2],)
 
 
 def _running_total(counts: Tensor) -> Tensor:

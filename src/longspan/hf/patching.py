@@ -56,6 +56,7 @@ def patch(
         ConfigError: unknown settings or selection.
         PatchError: no attention layers, none selected, already patched, an encoder-decoder, or a
             model that does not ask transformers' attention interface.
+        UnsupportedError: the check found something that cannot be honoured.
 
     Warns:
         LongspanWarning: the mechanism means nothing to a model that was trained with softmax

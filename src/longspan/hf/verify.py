@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..errors import PatchError
+from ..errors import LongspanError, PatchError
 from .report import Route
 
 __all__ = ["verify_dispatch"]
@@ -16,6 +16,7 @@ def verify_dispatch(model: nn.Module, routes: list[Route]) -> None:
 
     Raises:
         PatchError: the model cannot run two tokens, or some layer never called the dispatcher.
+        UnsupportedError: it asks for something that longspan cannot honour.
     """
     modes = {module: module.training for module in model.modules()}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -24,6 +25,8 @@ def verify_dispatch(model: nn.Module, routes: list[Route]) -> None:
     try:
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
+    except LongspanError:
+        raise
     except Exception as error:
         raise PatchError(
             f"model: {type(model).__name__} failed on two tokens of input_ids while the patch was "
