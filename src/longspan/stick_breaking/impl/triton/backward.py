@@ -655,7 +655,7 @@ def stick_backward(
         )
     dq_config, dkv_config = configs or backward_configs(q.dtype, head_dim, value_dim)
     block_m, block_n = dq_config.block_m, KEY_TILE
-    if packed:
+    if cu_seqlens_q is not None:
         batch, n_q, n_k = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k
         num_rows = q.shape[0] // block_m + batch
         units, per_unit = heads, batch

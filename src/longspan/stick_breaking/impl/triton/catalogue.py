@@ -18,7 +18,12 @@ from .common import KEY_TILE, Config
 from .decode import _stick_breaking_decode_kernel, _stick_breaking_decode_merge_kernel
 from .forward import _stick_breaking_fwd_kernel, block_dim, forward_config
 
-__all__ = ["cases"]
+__all__ = ["KNOWN_SPILLS", "cases"]
+
+#: Bytes a thread may spill, by the second part of the name; every other kernel must not spill.
+#: The dkv kernel holds dk, dv and two tiles of 64 columns in 255 registers; what it spills are
+#: scalars around the diagonal loop. A version without spills (that loop not pipelined) was slower.
+KNOWN_SPILLS = {"dkv": 448}
 
 _FLAGS = (
     "ATTEND_CURRENT", "WINDOW", "HAS_BIAS", "HAS_LENGTHS", "VARLEN", "EARLY_STOP", "LISTED",

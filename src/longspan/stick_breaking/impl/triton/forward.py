@@ -279,7 +279,7 @@ def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
 
 def block_dim(dim: int) -> int:
     """Width of a tile that holds `dim` columns."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def stick_forward(
@@ -322,7 +322,8 @@ def stick_forward(
     config = config or forward_config(q.dtype, head_dim, value_dim)
     output = q.new_empty((*q.shape[:-1], value_dim))
     residual = torch.empty_like(output) if need_grad and q.dtype is not torch.float32 else None
-    if packed:
+    log_strides: tuple[int, ...]
+    if cu_seqlens_q is not None:
         batch, n_q, n_k = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k
         log_rest = q.new_empty((heads, q.shape[0]), dtype=torch.float32)
         log_strides = (0, log_rest.stride(0))
