@@ -141,7 +141,7 @@ def test_no_space_for_the_model(longspan, book, tmp_path, monkeypatch):
     assert code == 2
     assert "smollm2-135m" in message
     assert "MB are needed" in message
-    assert "1 MB free" in message
+    assert ", 1 free)" in message
 
 
 def test_a_model_that_cannot_be_patched(longspan, book, tmp_path):

@@ -131,7 +131,8 @@ def plain_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Tabl
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
-        table.add_column(heading, style="cyan" if index == 0 else "", overflow="fold")
+        is_name = index == 0
+        table.add_column(heading, style="cyan" if is_name else "", overflow="fold", no_wrap=is_name)
     for line in lines:
         table.add_row(*(escape(cell) for cell in line))
     return table
