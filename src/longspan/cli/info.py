@@ -25,6 +25,8 @@ def info() -> int:
     from ..mechanisms import MECHANISMS
 
     for name, value in environment().items():
+        if name in ("command", "time"):
+            continue  # of this call, which says nothing
         console.print(f"{name}: {value}", markup=False, soft_wrap=True)
     console.print(f"models are kept in: {_cache_folder()}", markup=False, soft_wrap=True)
     extras = [[extra, _have(packages)] for extra, packages in _EXTRAS.items()]
@@ -32,15 +34,15 @@ def info() -> int:
     lines = [
         [
             mechanism.name,
-            mechanism.summary,
             _yes(mechanism.on_pretrained),
             _yes(mechanism.state_name is not None),
             _yes(mechanism.has_triton),
-            mechanism.paper,
+            mechanism.paper.removeprefix("arXiv:"),
+            mechanism.summary,
         ]
         for mechanism in MECHANISMS.values()
     ]
-    headings = ["mechanism", "what", "on pretrained models", "streams", "Triton kernel", "paper"]
+    headings = ["mechanism", "pretrained", "streams", "Triton", "arXiv", "what"]
     console.print(plain_table(headings, lines))
     return 0
 
