@@ -130,6 +130,20 @@ def test_a_full_disk_is_a_message(longspan, folder, book, tmp_path, monkeypatch)
     assert "free some space" in " ".join(err.split())
 
 
+def test_no_space_for_the_model(longspan, book, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path / "cache"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, _, err = longspan("compare", "--text", book, "--model", "smollm2-135m")
+    message = " ".join(err.split())
+    assert code == 2
+    assert "smollm2-135m" in message
+    assert "MB are needed" in message
+    assert "1 MB free" in message
+
+
 def test_a_model_that_cannot_be_patched(longspan, book, tmp_path):
     from longspan.testing.models import save_tiny_model
 

@@ -184,6 +184,15 @@ def test_headline_names_the_closest():
     assert "has perplexity" in headline(make_rows(1))
 
 
+def test_a_busy_machine_is_said_to_be_busy():
+    rows = make_rows(3)
+    assert "busy" not in render_page(rows).replace("on a busy machine.", "")
+    rows[2]["cpu_share"] = 0.31
+    page = render_page(rows)
+    assert "prefill time (on a busy machine)." in page
+    assert "the process got 31.0\u00a0% of its threads" in page
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_terminal_table_fits(width):
     from rich.console import Console

@@ -117,5 +117,17 @@ def headline(rows: Sequence[Row]) -> str:
         f"{where}, {best['label']} stays closest to exact attention: perplexity "
         f"{value_text(best['perplexity'], 4)} against {value_text(exact['perplexity'], 4)} "
         f"({change_text(best['perplexity_ratio'] - 1)}), {percent_text(best['visited_fraction'])} "
-        f"of the scores, {ratio_text(best['prefill_ratio'])} the prefill time."
+        f"of the scores, {ratio_text(best['prefill_ratio'])} the prefill time"
+        f"{' (on a busy machine)' if is_busy(rows) else ''}."
     )
+
+
+def is_busy(rows: Sequence[Row]) -> bool:
+    """Whether other work took much of the processor while some line was timed."""
+    return lowest_cpu_share(rows) < 0.8
+
+
+def lowest_cpu_share(rows: Sequence[Row]) -> float:
+    """Smallest share of its threads' time that the process got; 1 where it is not recorded."""
+    shares = [row.get("cpu_share") for row in rows]
+    return min((share for share in shares if share is not None), default=1.0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import ConfigError
-from .columns import COLUMNS, headline
+from .columns import COLUMNS, headline, is_busy, lowest_cpu_share
 from .numbers import (
     bytes_text,
     count_text,
@@ -246,6 +246,8 @@ def _cost_plot(rows: Sequence[Row], lines: Sequence[_Line]) -> _Plot:
     ]
     svg = bar_plot(bars)
     caption = "Time to read all tokens at once, and its ratio to exact attention."
+    if is_busy(rows):
+        caption += " The machine was busy with other work: take times with care."
     if any(row["peak_bytes"] is not None for row in rows):
         memory = [
             (row["label"], line.colour, row["peak_bytes"], bytes_text(row["peak_bytes"]))
@@ -272,12 +274,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         timing,
         f"Peak memory: {exact['peak_method']}.",
     ]
-    shares = [row["cpu_share"] for row in rows if row.get("cpu_share") is not None]
-    if shares and min(shares) < 0.8:
+    if is_busy(rows):
         notes.append(
             f"The machine was busy with other work: at its worst the process got "
-            f"{percent_text(min(shares))} of its threads' time. Take times and ratios with care, "
-            "or run again on an idle machine."
+            f"{percent_text(lowest_cpu_share(rows))} of its threads' time. Take times and ratios "
+            "with care, or run again on an idle machine."
         )
     for row in others:
         error = row["loss_change_error"]
