@@ -24,7 +24,7 @@ MODULES = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tiny_scope(tmp_path_factory):
     """Names that the examples of the Hugging Face layer take for granted."""
     from transformers import AutoModelForCausalLM
@@ -37,20 +37,21 @@ def tiny_scope(tmp_path_factory):
         "AutoModelForCausalLM": AutoModelForCausalLM,
         "path": path,
         "model": tiny_model("llama").model,
-        "inputs": {"input_ids": torch.arange(8)[None]},
+        "inputs": {"input_ids": torch.arange(8)[None], "max_new_tokens": 4},
+        "input_ids": torch.randint(0, 256, (1, 600)),
         "patch": longspan.hf.patch,
         "load_adapter": longspan.hf.load_adapter,
     }
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name, tiny_scope, tmp_path, monkeypatch):
+def test_docstring_examples(name, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     scope = {"torch": torch, "longspan": longspan}
     scope |= {public: getattr(longspan, public) for public in longspan.__all__}
     if name.startswith("longspan.hf"):
-        scope |= tiny_scope
+        scope |= request.getfixturevalue("tiny_scope")
     failed, _ = doctest.testmod(
         module, extraglobs=scope, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     )
