@@ -65,9 +65,9 @@ def table(rows: list[dict]) -> str:
                 both = [
                     best(rows, key, dim, length, kind) for kind in ("forward", "forward_backward")
                 ]
-                shown = " / ".join("–" if ms is None else f"{ms:.3g}" for ms in both)
-                cells.append("–" if both == [None, None] else shown)
-            if set(cells) != {"–"}:
+                shown = " / ".join("-" if ms is None else f"{ms:.3g}" for ms in both)
+                cells.append("-" if both == [None, None] else shown)
+            if set(cells) != {"-"}:
                 lines.append(f"| {name} | " + " | ".join(cells) + " |")
         if len(lines) > 2:
             parts.append("\n".join(lines))
@@ -86,8 +86,8 @@ def best(rows: list[dict], key: str, dim: int, length: int, kind: str) -> float 
 def mechanisms() -> str:
     """The registry as a table."""
     yes = {True: "yes", False: "no"}
-    lines = ["| mechanism | what | paper | pretrained models | packed | training | streams | Triton |",
-             "|---" * 8 + "|"]  # fmt: skip
+    head = "| mechanism | what | paper | pretrained models | packed | training | streams | Triton |"
+    lines = [head, "|---" * 8 + "|"]
     for m in MECHANISMS.values():
         link = f"[{m.paper}](https://arxiv.org/abs/{m.paper.removeprefix('arXiv:')})"
         lines.append(

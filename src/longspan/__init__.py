@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ._explain import Explanation, explain
     from ._front import attention
     from ._merge import merge, merge_stick_breaking
     from .errors import (
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     )
     from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
     from .exact.config import ExactConfig
-    from .explain import Explanation, explain
     from .sdpa import patched_sdpa
     from .stick_breaking.api import (
         StickBreakingOutput,
@@ -59,8 +59,8 @@ _LAZY = {
     "exact_attention_varlen": "exact.api",
     "exact_attention_with_lse": "exact.api",
     "ExactConfig": "exact.config",
-    "Explanation": "explain",
-    "explain": "explain",
+    "Explanation": "_explain",
+    "explain": "_explain",
     "patched_sdpa": "sdpa",
     "StickBreakingChunk": "stick_breaking.state",
     "StickBreakingConfig": "stick_breaking.config",

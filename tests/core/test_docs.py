@@ -24,10 +24,34 @@ MODULES = [
 ]
 
 
+@pytest.fixture
+def tiny_scope(tmp_path_factory):
+    """Names that the examples of the Hugging Face layer take for granted."""
+    from transformers import AutoModelForCausalLM
+
+    from longspan.testing.models import save_tiny_model, tiny_model
+
+    path = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(path)
+    return {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "path": path,
+        "model": tiny_model("llama").model,
+        "inputs": {"input_ids": torch.arange(8)[None], "max_new_tokens": 4},
+        "input_ids": torch.randint(0, 256, (1, 600)),
+        "patch": longspan.hf.patch,
+        "load_adapter": longspan.hf.load_adapter,
+    }
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
+def test_docstring_examples(name, request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
-    scope = {"torch": torch, **{public: getattr(longspan, public) for public in longspan.__all__}}
+    scope = {"torch": torch, "longspan": longspan}
+    scope |= {public: getattr(longspan, public) for public in longspan.__all__}
+    if name.startswith("longspan.hf"):
+        scope |= request.getfixturevalue("tiny_scope")
     failed, _ = doctest.testmod(
         module, extraglobs=scope, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     )

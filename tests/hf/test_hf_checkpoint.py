@@ -14,6 +14,7 @@ from longspan.exact.api import exact_attention, exact_attention_varlen, visited_
 from longspan.hf import load_adapter, patch, save_adapter
 from longspan.mechanisms import MECHANISMS, Mechanism
 
+pytestmark = pytest.mark.filterwarnings("ignore:patch. gated is not an approximation")
 SMALL = WindowConfig(window=3, num_sinks=1)
 
 
@@ -123,7 +124,7 @@ def test_other_models_are_refused(model, tmp_path, gate_mechanism):
     for other in (longer, wider):
         assert other.config._attn_implementation == "eager"
     (tmp_path / "longspan_adapter.safetensors").unlink()
-    with pytest.raises(ConfigError, match="layers.0.gate: .* has None"):
+    with pytest.raises(ConfigError, match=r"layers.0.gate: .* has None"):
         load_adapter(model, tmp_path)
 
 
@@ -134,13 +135,13 @@ def test_broken_folders(model, tmp_path, gate_mechanism):
         save_adapter(model, tmp_path)
     tensors = tmp_path / "longspan_adapter.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:40])
-    with pytest.raises(ConfigError, match="not a readable safetensors file.*Save the adapter"):
+    with pytest.raises(ConfigError, match=r"not a readable safetensors file.*Save the adapter"):
         load_adapter(model, tmp_path)
     header = tmp_path / "longspan_adapter.json"
     data = json.loads(header.read_text())
     data["layers"]["0"]["settings"] = {"stat": 1.0}
     header.write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match="'gated' has no setting 'stat'. Did you mean 'start'"):
+    with pytest.raises(ConfigError, match=r"'gated' has no setting 'stat'. Did you mean 'start'"):
         load_adapter(model, tmp_path)
     for text in ("{", "{}", "[]"):
         header.write_text(text)
@@ -151,9 +152,9 @@ def test_broken_folders(model, tmp_path, gate_mechanism):
 def test_what_cannot_be_saved(model, tmp_path):
     with pytest.raises(PatchError, match="not patched; there is no adapter"):
         save_adapter(model, tmp_path)
-    with patch(model, SMALL, verify=False, projections=torch.zeros(2)):
-        with pytest.raises(ConfigError, match="'projections'.*pass seeds instead"):
-            save_adapter(model, tmp_path / "none")
+    report = patch(model, SMALL, verify=False, projections=torch.zeros(2))
+    with report, pytest.raises(ConfigError, match=r"'projections'.*pass seeds instead"):
+        save_adapter(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

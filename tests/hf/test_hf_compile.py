@@ -7,7 +7,7 @@ import torch
 from tiny_models import distance, padded, positions, tiny, tokens
 from transformers import DynamicCache, StaticCache
 
-from longspan import ExactConfig, UnsupportedError, WindowConfig
+from longspan import ExactConfig, WindowConfig
 from longspan.hf import make_cache, patch
 
 EXACT = ExactConfig()
@@ -134,9 +134,7 @@ def test_hidden_queries_of_a_compiled_static_step_are_noticed():
         cache = StaticCache(config=model.config, max_cache_len=20)
         run(model, input_ids=tokens(3, 9), past_key_values=cache)
         with pytest.raises(RuntimeError, match="hides a query token in a compiled step"):
-            run(
-                compiled(model), input_ids=tokens(3, 3), attention_mask=mask, past_key_values=cache
-            )
+            run(compiled(model), input_ids=tokens(3, 3), attention_mask=mask, past_key_values=cache)
 
 
 @pytest.mark.parametrize("config", [EXACT, SMALL], ids=str)

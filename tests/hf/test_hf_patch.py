@@ -52,9 +52,8 @@ def test_leaves_no_trace(kind, attention, training):
 
 def test_undone_after_an_exception(model):
     before = snapshot(model)
-    with pytest.raises(ZeroDivisionError), patch(model, SMALL):
-        model(tokens())
-        raise ZeroDivisionError
+    with pytest.raises(IndexError), patch(model, SMALL):
+        model(tokens() + 1000)
     assert snapshot(model) == before
 
 
@@ -71,7 +70,7 @@ def test_permanent_until_undone(model):
 
 def test_patches_do_not_stack(model):
     with patch(model, SMALL) as report:
-        with pytest.raises(PatchError, match="patched already.*give one patch a mapping"):
+        with pytest.raises(PatchError, match=r"patched already.*give one patch a mapping"):
             patch(model, ExactConfig())
         model(tokens())
     assert report.approximate_calls == 2
@@ -177,7 +176,7 @@ def test_strings_are_parsed(model):
 
 
 def test_refuses_models_without_attention_layers():
-    with pytest.raises(PatchError, match="no attention layers.*patched_sdpa"):
+    with pytest.raises(PatchError, match=r"no attention layers.*patched_sdpa"):
         patch(nn.Linear(2, 2), SMALL)
 
 

@@ -64,14 +64,17 @@ def test_softcap_of_gemma2_and_sinks_of_gpt_oss():
     gemma = Gemma2ForCausalLM(Gemma2Config(**common, attn_logit_softcapping=20.0))
     oss = GptOssForCausalLM(GptOssConfig(**common, num_local_experts=2, num_experts_per_tok=1))
     for model, name in ((gemma, "softcap"), (oss, "s_aux")):
-        with patch(model.eval(), ExactConfig(), verify=False):
-            with pytest.raises(UnsupportedError, match=f"^{name}: "):
-                model(tokens())
+        report = patch(model.eval(), ExactConfig(), verify=False)
+        with report, pytest.raises(UnsupportedError, match=f"^{name}: "):
+            model(tokens())
+        with pytest.raises(UnsupportedError, match=f"^{name}: "):
+            patch(model, ExactConfig())
+        assert model.config._attn_implementation != "longspan"
 
 
 def test_attention_dropout_in_training():
     model = tiny(attention_dropout=0.25).train()
-    with patch(model, SMALL), pytest.raises(UnsupportedError, match="dropout 0.25.*model.eval"):
+    with patch(model, SMALL), pytest.raises(UnsupportedError, match=r"dropout 0.25.*model.eval"):
         model(tokens())
     with patch(model, ExactConfig()):
         torch.manual_seed(0)
@@ -168,7 +171,7 @@ def test_context_parallel_of_torch(model, monkeypatch):
         model(tokens())
         swapped = {torch.nn.functional.scaled_dot_product_attention: ("sdpa", None)}
         monkeypatch.setattr(_attention, "_replaced_functions", swapped)
-        with pytest.raises(UnsupportedError, match="torch's context_parallel is active.*distrib"):
+        with pytest.raises(UnsupportedError, match=r"torch's context_parallel is active.*distrib"):
             model(tokens())
 
 
@@ -184,9 +187,9 @@ def test_context_parallel_of_torch_for_real(model):
         mesh = init_device_mesh("cpu", (1,))
         ids = tokens(1, 8)
         with patch(model, SMALL):
-            with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
-                with pytest.raises(UnsupportedError, match="torch's context_parallel is active"):
-                    model(ids)
+            sharded = context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1])
+            with sharded, pytest.raises(UnsupportedError, match="torch's context_parallel is"):
+                model(ids)
             model(ids)
     finally:
         dist.destroy_process_group()
@@ -198,9 +201,9 @@ def test_context_parallel_of_accelerate(model, monkeypatch):
 
     parallel = ParallelismConfig(cp_size=2)
     monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", parallel)
-    with patch(model, SMALL, verify=False):
-        with pytest.raises(UnsupportedError, match=r"cp_size=2\) is active"):
-            model(tokens())
+    report = patch(model, SMALL, verify=False)
+    with report, pytest.raises(UnsupportedError, match=r"cp_size=2\) is active"):
+        model(tokens())
 
 
 def test_missing_transformers_names_the_extra():

@@ -35,7 +35,7 @@ def make_cache(model: nn.Module) -> Cache:
 
     Example:
         >>> with patch(model, WindowConfig(window=512)):
-        ...     model.generate(**inputs, past_key_values=make_cache(model))
+        ...     tokens = model.generate(**inputs, past_key_values=make_cache(model))
     """
     routes = patch_of(model)
     if routes is None:

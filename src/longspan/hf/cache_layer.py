@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from ..errors import UnsupportedError
 
 __all__ = ["BoundedLayer", "holder_of"]
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _HOLDER = "_longspan_cache_layer"
-_NOT_TRACED = torch.compiler.disable(
+_NOT_TRACED: Callable[[_Function], _Function] = torch.compiler.disable(  # type: ignore[no-untyped-call]
     reason="a cache made by longspan.hf.make_cache changes its length; with fullgraph=True use "
     "transformers' StaticCache"
 )

@@ -12,7 +12,7 @@ N_q real tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ _PLAIN = (
     "packed_sequence_mask_function.",
     "remap_positions_for_packed_sequence.",
 )
+_UNKNOWN = object()
 
 
 class Layout(NamedTuple):
@@ -115,9 +116,8 @@ def layout_of_mask(mask: Tensor, n_q: int) -> Layout:
     Made once per mask and kept on the tensor, so that the layers of a model share it: finding
     the real tokens costs a device synchronisation.
     """
-    kept = _recall(mask, n_q)
-    if kept is not None:
-        return kept[0]
+    if (kept := _recall(mask, n_q)) is not _UNKNOWN:
+        return cast(Layout, kept)
     queries = mask[:, mask.shape[1] - n_q :]
     sides = []
     for side in (queries, mask):
@@ -137,9 +137,8 @@ def layout_of_documents(position_ids: Tensor, batch: int) -> Layout | None:
 
     None if every row is one document. Kept on the tensor, as in `layout_of_mask`.
     """
-    kept = _recall(position_ids, batch)
-    if kept is not None:
-        return kept[0]
+    if (kept := _recall(position_ids, batch)) is not _UNKNOWN:
+        return cast(Layout | None, kept)
     layout = None
     starts = position_ids.diff(dim=1) != 1
     if bool(starts.any()):
@@ -210,16 +209,16 @@ def _traced_static_mask(
     return mask.to(torch.uint8)
 
 
-def _remember(tensor: Tensor, key: int, layout: Any) -> None:
+def _remember(tensor: Tensor, key: int, layout: Layout | None) -> None:
     if not tensor.is_inference():  # these do not count their changes in place
         tensor._longspan_layout = (tensor._version, key, layout)  # type: ignore[attr-defined]
 
 
-def _recall(tensor: Tensor, key: int) -> tuple[Any] | None:
+def _recall(tensor: Tensor, key: int) -> object:
     kept = getattr(tensor, "_longspan_layout", None)
     if kept is None or kept[:2] != (tensor._version, key):
-        return None
-    return (kept[2],)
+        return _UNKNOWN
+    return kept[2]
 
 
 def _running_total(counts: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def patch(
         windows, padding, packed documents). What a call cannot honour raises UnsupportedError.
 
     Example:
-        >>> with patch(model, WindowConfig(window=512), layers="last:10") as report:
+        >>> with patch(model, WindowConfig(window=512), layers="last:1") as report:
         ...     logits = model(input_ids).logits
         >>> report.visited_fraction < 1
         True

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._triton.launch import interpreting
 from .impl.common import Settings, wide_dtype
 
 __all__ = ["stick_breaking_bwd", "stick_breaking_fwd"]
@@ -175,6 +176,10 @@ stick_breaking_fwd.register_autograd(_backward, setup_context=_setup_context)
 def _triton_forward(
     query: Tensor, key: Tensor, value: Tensor, settings: Settings, need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if interpreting():
+        from .._triton.interpreter import repair_interpreter
+
+        repair_interpreter()
     from .impl.triton.decode import MAX_ROWS, stick_decode
     from .impl.triton.forward import forward_config, stick_forward
 
