@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -131,7 +132,8 @@ def _time_on_cuda(
     cache = torch.empty(max(size, 1), dtype=torch.int8, device="cuda")
 
     def run(count: int) -> list[float]:
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        event = functools.partial(torch.cuda.Event, enable_timing=True)
+        pairs = [(event(), event()) for _ in range(count)]
         for start, end in pairs:  # queued without waiting: the host's launch time is hidden
             cache.zero_()
             start.record()
