@@ -29,6 +29,8 @@ LARGE = [
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize("case", LARGE, ids=lambda c: c.id)
 def test_large_shapes(case, dtype, nan_scratch):
+    if dtype is torch.float32 and case.value_dim > 128:
+        pytest.skip("refused: see implementations()")
     assert_matches_reference(case, "triton", dtype, "cuda")
 
 

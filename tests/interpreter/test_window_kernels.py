@@ -157,3 +157,9 @@ def test_auto_takes_the_kernels_and_says_so():
     refused = explain(q.double(), k.double(), v.double(), WindowConfig(), is_causal=True)
     assert refused.chosen == "eager"
     assert "float64" in refused.reports[0].refusal
+    q, k, v = make_qkv(1, 1, 4, 16, value_dim=200)
+    refused = explain(q, k, v, WindowConfig())
+    assert refused.chosen == "eager"
+    assert "up to 128 in float32" in refused.reports[0].refusal
+    half = explain(q.half(), k.half(), v.half(), WindowConfig())
+    assert half.chosen == "triton"

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_WIDEST_SINGLE = 128
+
+
 class WindowOutput(NamedTuple):
     """A chunk's result (B, H, N_q, D_v) and the state for the next chunk."""
 
@@ -204,6 +207,7 @@ def window_attention_varlen(
     chosen = choose_impl(name, impl, implementations(dense, config))
     if chosen is Impl.REFERENCE:
         return _varlen_reference(name, call, config)
+    output: Tensor
     output, _ = window_fwd(q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q,
                            call.max_seqlen_k, call.is_causal, call.scale, 0, config.window,
                            config.num_sinks, chosen.value)  # fmt: skip
@@ -284,8 +288,15 @@ def window_attention_chunk(
 
 def implementations(call: Call, config: WindowConfig) -> tuple[ImplReport, ...]:
     """Triton kernels where they can run, then plain torch, then the dense definition."""
+    widest = max(call.query.shape[-1], call.value.shape[-1])
+    refusal = triton_refusal(call.query)
+    if refusal is None and call.query.dtype is torch.float32 and widest > _WIDEST_SINGLE:
+        refusal = (
+            f"float32 with a head dim of {widest}; the Triton kernels take up to "
+            f"{_WIDEST_SINGLE} in float32 (256 in half precision), beyond it registers spill"
+        )
     return (
-        ImplReport(Impl.TRITON, triton_refusal(call.query), "tiles of the window only"),
+        ImplReport(Impl.TRITON, refusal, "tiles of the window only"),
         ImplReport(Impl.EAGER, None, "blocks of the window in plain torch"),
         ImplReport(Impl.REFERENCE, None, "dense"),
     )

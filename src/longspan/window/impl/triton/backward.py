@@ -16,7 +16,7 @@ from torch import Tensor
 from ...._triton.launch import KernelConfig, interpreting, pick
 from ...._validation import Call
 from ...config import WindowConfig
-from .configs import SINK_ROWS, SINK_TILE, key_configs, query_configs, shared_class, sink_config
+from .configs import SINK_ROWS, SINK_TILE, key_config, query_config, shared_class, sink_config
 from .tiles import (
     LOG2E,
     block_dim,
@@ -144,6 +144,12 @@ def _window_query_bwd_kernel(
     log2_scale = scale * LOG2E
     begin, full_begin, full_end, end, sink_end = run_bounds(
         first, last, n_k, window, num_sinks, IS_CAUSAL, BLOCK_N)  # fmt: skip
+    # The sinks first: their loads overlap with those of the queries.
+    for start in range(0, sink_end, BLOCK_S):
+        dq = _add_query_gradient(
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, p,
+            tl.arange(0, BLOCK_S), offs_d, offs_dv, log2_scale, n_k, window, num_sinks, DIM,
+            VALUE_DIM, BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
     for start in range(full_begin, full_end, BLOCK_N):
         dq = _add_query_gradient(
             dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
@@ -155,18 +161,13 @@ def _window_query_bwd_kernel(
             dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
             offs_dv, log2_scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
             IS_CAUSAL, "masked", UPCAST)  # fmt: skip
-    for start in range(0, sink_end, BLOCK_S):
-        dq = _add_query_gradient(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, p,
-            tl.arange(0, BLOCK_S), offs_d, offs_dv, log2_scale, n_k, window, num_sinks, DIM,
-            VALUE_DIM, BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
     store_tile(dq_ptr, stride_dqn, start_m, n_q, offs_m, offs_d, dq * scale, DIM)
 
 
 @triton.jit
 def _add_key_gradients(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_don, start, n_q, query_offset,
-    j, n_k, offs_m, offs_d, offs_dv, scale, window, num_sinks,
+    j, offs_m, offs_d, offs_dv, scale, window, num_sinks,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -191,13 +192,16 @@ def _add_key_gradients(
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     w = tl.math.exp2(s * scale - lse[None, :])
     if KIND != "full":
-        p = start + offs_m[None, :] + query_offset
-        near = visible(p, j[:, None], n_k, window, 0, IS_CAUSAL)
-        if KIND == "near":
-            seen = near & mask_m[None, :]
+        # Rows outside of n_q are loaded as zeros and add nothing; keys outside are never stored.
+        gap = start + query_offset + offs_m[None, :] - j[:, None]  # p - j
+        if IS_CAUSAL:
+            seen = gap.to(tl.uint32) < window.to(tl.uint32)  # 0 <= gap < window
         else:
-            wide = visible(p, j[:, None], n_k, window, num_sinks, IS_CAUSAL)
-            seen = wide & (near == 0) & mask_m[None, :]
+            seen = (gap < window) & (gap > -window)
+        if KIND == "sink":
+            seen = (seen == 0) & (j[:, None] < num_sinks)
+            if IS_CAUSAL:
+                seen = seen & (gap >= 0)
         w = tl.where(seen, w, 0.0)
     dv = tl.dot(w.to(do.dtype), do, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
@@ -260,13 +264,40 @@ def _window_sink_bwd_kernel(
     for start in range(begin, end, BLOCK_M):
         dk, dv = _add_key_gradients(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr + rows, delta_ptr + rows, stride_qn, stride_don,
-            start, n_q, query_offset, start_s + offs_s, n_k, offs_m, offs_d, offs_dv,
+            start, n_q, query_offset, start_s + offs_s, offs_m, offs_d, offs_dv,
             scale * LOG2E, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
             IS_CAUSAL, "sink", UPCAST)  # fmt: skip
     store_tile(part_k_ptr + part * DIM, DIM, start_s, num_sinks, offs_s, offs_d, dk, DIM)
     store_tile(
         part_v_ptr + part * VALUE_DIM, VALUE_DIM, start_s, num_sinks, offs_s, offs_dv, dv, VALUE_DIM
     )
+
+
+@triton.jit
+def _sum_parts(
+    part_ptr, n_q, runs, num_sinks, start_n, offs_n, offs_d,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of the sinks of one tile of keys, over heads and runs, in a fixed order."""
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if start_n < num_sinks:
+        for g in range(GROUP):
+            for run in range(tl.cdiv(n_q, ROWS)):
+                at = tl.cast(g * runs + run, tl.int64) * num_sinks * DIM
+                total += load_tile(
+                    part_ptr + at,
+                    DIM,
+                    start_n,
+                    num_sinks,
+                    offs_n,
+                    offs_d,
+                    DIM,
+                    BLOCK_D,
+                    True,
+                    False,
+                )
+    return total
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALIZED, "runs"])
@@ -310,37 +341,11 @@ def _window_key_bwd_kernel(
     v = load_tile(
         v_ptr, stride_vn, start_n, n_k, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, True, UPCAST
     )
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    if start_n < num_sinks:
-        part = (entry * kv_heads + h) * GROUP * runs * num_sinks
-        for g in range(GROUP):
-            for run in range(tl.cdiv(n_q, ROWS)):
-                at = part + tl.cast(g * runs + run, tl.int64) * num_sinks
-                dk += load_tile(
-                    part_k_ptr + at * DIM,
-                    DIM,
-                    start_n,
-                    num_sinks,
-                    offs_n,
-                    offs_d,
-                    DIM,
-                    BLOCK_D,
-                    True,
-                    False,
-                )
-                dv += load_tile(
-                    part_v_ptr + at * VALUE_DIM,
-                    VALUE_DIM,
-                    start_n,
-                    num_sinks,
-                    offs_n,
-                    offs_dv,
-                    VALUE_DIM,
-                    BLOCK_DV,
-                    True,
-                    False,
-                )
+    part = (entry * kv_heads + h) * GROUP * runs * num_sinks
+    dk = _sum_parts(part_k_ptr + part * DIM, n_q, runs, num_sinks, start_n, offs_n, offs_d,
+                    GROUP, DIM, BLOCK_N, BLOCK_D, ROWS)  # fmt: skip
+    dv = _sum_parts(part_v_ptr + part * VALUE_DIM, n_q, runs, num_sinks, start_n, offs_n, offs_dv,
+                    GROUP, VALUE_DIM, BLOCK_N, BLOCK_DV, ROWS)  # fmt: skip
 
     # Rows begin .. end have a key of the tile in their window, full_begin .. full_end all keys.
     final = start_n + BLOCK_N - 1
@@ -362,17 +367,10 @@ def _window_key_bwd_kernel(
         q_g = q_ptr + b * stride_qb + head * stride_qh + q_start * stride_qn
         do_g = do_ptr + b * stride_dob + head * stride_doh + q_start * stride_don
         rows = b * stride_lb + head * stride_lh + q_start
-        for start in range(full_begin, full_end, BLOCK_M):
+        for start in range(begin, end, BLOCK_M):
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q_g, do_g, lse_ptr + rows, delta_ptr + rows, stride_qn, stride_don,
-                start, n_q, query_offset, start_n + offs_n, n_k, offs_m, offs_d, offs_dv,
-                log2_scale, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                IS_CAUSAL, "full", UPCAST)  # fmt: skip
-        for t in range(0, masked_count(begin, full_begin, full_end, end, BLOCK_M)):
-            start = masked_tile(t, begin, full_begin, full_end, BLOCK_M)
-            dk, dv = _add_key_gradients(
-                dk, dv, k, v, q_g, do_g, lse_ptr + rows, delta_ptr + rows, stride_qn, stride_don,
-                start, n_q, query_offset, start_n + offs_n, n_k, offs_m, offs_d, offs_dv,
+                start, n_q, query_offset, start_n + offs_n, offs_m, offs_d, offs_dv,
                 log2_scale, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
                 IS_CAUSAL, "near", UPCAST)  # fmt: skip
     if HAS_LENGTHS:  # full tiles take no mask: clear what they gave to padding
@@ -424,7 +422,7 @@ def triton_backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     numbers = (rows, keys, call.query_offset, config.window, config.num_sinks)
 
-    sizes = query_kernel or pick(query_configs(dim, value_dim, q.dtype, shared))
+    sizes = query_kernel or pick([query_config(dim, value_dim, q.dtype, shared)])
     _window_query_bwd_kernel[grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)](
         *inputs, dq, *placing, *strides, *dq.stride()[:3], *lse.stride()[:2],
         call.scale, heads, *numbers, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
@@ -444,7 +442,7 @@ def triton_backward(
             ROWS=run_rows, num_warps=sizes.num_warps, num_stages=sizes.num_stages, **common,
         )  # fmt: skip
 
-    sizes = key_kernel or pick(key_configs(dim, value_dim, q.dtype, shared))
+    sizes = key_kernel or pick([key_config(dim, value_dim, q.dtype, shared)])
     _window_key_bwd_kernel[grid_of(triton.cdiv(keys, sizes.block_n), entries, kv_heads)](
         *inputs, *parts, dk, dv, *placing, *strides, *dk.stride()[:3], *dv.stride()[:3],
         *lse.stride()[:2], call.scale, kv_heads, *numbers, runs, BLOCK_M=sizes.block_m,

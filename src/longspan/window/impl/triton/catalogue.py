@@ -19,9 +19,9 @@ from .backward import (
 from .configs import (
     SINK_ROWS,
     SINK_TILE,
-    forward_configs,
-    key_configs,
-    query_configs,
+    forward_config,
+    key_config,
+    query_config,
     sink_config,
 )
 from .forward import _window_fwd_kernel
@@ -35,28 +35,30 @@ _SHARED = {80: ("medium", "small"), 90: ("large",)}
 
 
 def cases(capability: int) -> list[AotCase]:
-    """Configurations that run on devices of sm_<capability>: bf16 and float32, causal."""
-    made = []
+    """Configurations that run on devices of sm_<capability>, causal: bf16, and float32 on sm_80.
+
+    The configurations of float32 are the same everywhere.
+    """
+    made: list[AotCase] = []
     for shared in _SHARED[capability]:
         for dim in (64, 128, 256):
-            for dtype in (torch.bfloat16, torch.float32):
-                if shared == "small" and dtype is torch.float32:
-                    continue  # the same as for the other classes
-                made.extend(_cases(dim, dtype, shared))
+            made.extend(_cases(dim, torch.bfloat16, shared))
+            if shared == "medium" and dim <= 128:
+                made.extend(_cases(dim, torch.float32, shared))
     return made
 
 
 def _cases(dim: int, dtype: torch.dtype, shared: str) -> Iterator[AotCase]:
     label = f"{str(dtype).removeprefix('torch.')}/d{dim}/{shared}"
-    for sizes in forward_configs(dim, dim, dtype, shared)[:1]:
-        yield _case("window/fwd", label, _window_fwd_kernel, sizes, dtype, dim,
-                    BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
-    for sizes in query_configs(dim, dim, dtype, shared)[:1]:
-        yield _case("window/query_bwd", label, _window_query_bwd_kernel, sizes, dtype, dim,
-                    BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
-    for sizes in key_configs(dim, dim, dtype, shared)[:1]:
-        yield _case("window/key_bwd", label, _window_key_bwd_kernel, sizes, dtype, dim,
-                    BLOCK_N=sizes.block_n, ROWS=SINK_ROWS)  # fmt: skip
+    sizes = forward_config(dim, dim, dtype, shared)
+    yield _case("window/fwd", label, _window_fwd_kernel, sizes, dtype, dim,
+                BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
+    sizes = query_config(dim, dim, dtype, shared)
+    yield _case("window/query_bwd", label, _window_query_bwd_kernel, sizes, dtype, dim,
+                BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
+    sizes = key_config(dim, dim, dtype, shared)
+    yield _case("window/key_bwd", label, _window_key_bwd_kernel, sizes, dtype, dim,
+                BLOCK_N=sizes.block_n, ROWS=SINK_ROWS)  # fmt: skip
     if shared == "small":
         return  # the two others do not depend on the shared memory
     sizes = sink_config(dim, dim, dtype)
@@ -87,11 +89,7 @@ def _case(
             signature[argument] = "*fp32" if argument in _SINGLE_POINTERS else _TYPES[dtype]
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
-    tiles = "x".join(
-        str(blocks.get(n, sizes.block_m))
-        for n in ("BLOCK_M", "BLOCK_N")
-        if n == "BLOCK_M" or n in blocks
-    )
+    tiles = "x".join(str(n) for n in (sizes.block_m, blocks.get("BLOCK_N")) if n)
     return AotCase(
         name=f"{name}/{label}/{tiles}/w{sizes.num_warps}s{sizes.num_stages}",
         kernel=kernel,

@@ -3,7 +3,7 @@
 | | |
 |---|---|
 | dtypes | float16, bfloat16, float32 (accumulation in float32) |
-| head dim, value dim | 1 to 256, may differ; tiles are padded to a power of two |
+| head dim, value dim | 1 to 256 (float32: 128), may differ; tiles are padded to a power of two |
 | architectures | sm_80 and later |
 | causal, not causal, query_offset, key_lengths, packed, grouped heads | yes |
 | backward | yes, deterministic (`backward.py`) |
@@ -19,7 +19,7 @@ from torch import Tensor
 from ...._triton.launch import KernelConfig, interpreting, pick
 from ...._validation import Call
 from ...config import WindowConfig
-from .configs import SINK_TILE, forward_configs, shared_class
+from .configs import SINK_TILE, forward_config, shared_class
 from .tiles import (
     LN2,
     LOG2E,
@@ -122,6 +122,12 @@ def _window_fwd_kernel(
     p = first + offs_m
     begin, full_begin, full_end, end, sink_end = run_bounds(
         first, last, n_k, window, num_sinks, IS_CAUSAL, BLOCK_N)  # fmt: skip
+    # The sinks first: their loads overlap with those of the queries.
+    for start in range(0, sink_end, BLOCK_S):
+        acc, l_i, m_i = _accumulate(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, p,
+            tl.arange(0, BLOCK_S), offs_d, offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
     for start in range(full_begin, full_end, BLOCK_N):
         acc, l_i, m_i = _accumulate(
             acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
@@ -133,11 +139,6 @@ def _window_fwd_kernel(
             acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
             offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
             IS_CAUSAL, "masked", UPCAST)  # fmt: skip
-    for start in range(0, sink_end, BLOCK_S):
-        acc, l_i, m_i = _accumulate(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, p,
-            tl.arange(0, BLOCK_S), offs_d, offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
@@ -159,25 +160,28 @@ def triton_forward(
     query, key, value = (kernel_input(t) for t in (call.query, call.key, call.value))
     batch, heads, n_q, dim = query.shape
     value_dim = value.shape[-1]
-    packed = cu_seqlens_q is not None
     output = query.new_empty((batch, heads, n_q, value_dim))
     lse = query.new_empty((batch, heads, n_q), dtype=torch.float32)
     if output.numel() == 0 or key.shape[2] == 0:
         return output.zero_(), lse.fill_(float("-inf"))
-    entries, rows = (len(cu_seqlens_q) - 1, max_seqlen_q) if packed else (batch, n_q)
-    sizes = kernel or pick(forward_configs(dim, value_dim, query.dtype, shared_class(query.device)))
+    entries, rows, keys = batch, n_q, key.shape[2]
+    if cu_seqlens_q is not None:
+        entries, rows, keys = len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
+    sizes = kernel or pick(
+        [forward_config(dim, value_dim, query.dtype, shared_class(query.device))]
+    )
     grid = grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)
     if grid[0] == 0:
         return output.zero_(), lse.fill_(float("-inf"))
     _window_fwd_kernel[grid](
         query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, call.key_lengths,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        *lse.stride()[:2], call.scale, heads, rows, max_seqlen_k if packed else key.shape[2],
+        *lse.stride()[:2], call.scale, heads, rows, keys,
         call.query_offset, config.window, config.num_sinks,
         GROUP=heads // key.shape[1], DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE,
         BLOCK_D=block_dim(dim), BLOCK_DV=block_dim(value_dim),
-        IS_CAUSAL=call.is_causal, IS_PACKED=packed, HAS_LENGTHS=call.key_lengths is not None,
+        IS_CAUSAL=call.is_causal, IS_PACKED=cu_seqlens_q is not None, HAS_LENGTHS=call.key_lengths is not None,
         UPCAST=upcasts(query.dtype, interpreting()),
         num_warps=sizes.num_warps, num_stages=sizes.num_stages,
     )  # fmt: skip

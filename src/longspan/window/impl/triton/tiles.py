@@ -140,7 +140,7 @@ def grid_of(tiles: int, entries: int, heads: int) -> tuple[int]:
 
 def block_dim(dim: int) -> int:
     """Columns of a tile for a head dim: a power of two, at least 16 for the matrix units."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def upcasts(dtype: torch.dtype, interpreted: bool) -> bool:
