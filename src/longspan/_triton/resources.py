@@ -4,8 +4,8 @@
     python -m longspan._triton.resources --write
 
 `--write` stores registers, spilled bytes and shared memory of each configuration in
-`resources.json`, with the Triton version. `--check` compiles again: a spill beyond a case's allowance
-always fails; if the version is the same, a changed number or a missing or surplus row fails, too.
+`resources.json`, with the Triton version. `--check` compiles again: a spill beyond the allowance
+of a case always fails; if the version is the same, so does a changed, missing or surplus row.
 """
 
 from __future__ import annotations
