@@ -251,3 +251,15 @@ def test_two_patched_models_do_not_mix(model):
         other(tokens())
     assert first.approximate_calls == 2
     assert (second.approximate_calls, second.exact_calls) == (0, 4)
+
+
+def test_scores_are_counted_over_rows_that_see_keys():
+    """More queries than keys in a packed call: the first rows see nothing."""
+    from longspan.hf.report import Route
+    from longspan.mechanisms import get_mechanism
+
+    route = Route.to(get_mechanism("window"), WindowConfig(window=1, num_sinks=0), layer=0, name="")
+    route.count(((4, 2), (2, 4)))
+    # (4, 2): the last two rows see 1 and 2 keys. (2, 4): the rows see 3 and 4 keys.
+    assert route.counts.visible == 1 + 2 + 3 + 4
+    assert route.counts.visited == pytest.approx(4)
