@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-WINDOWS = [16, 32, 64, 96, 128, 192]
+WINDOWS = [16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224]
 MANY = [part for window in WINDOWS for part in ("--attention", f"window:window={window}")]
 
 
