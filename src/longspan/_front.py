@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .mechanisms import mechanism_of_config
+from .mechanisms import mechanism_of_config_class
 
 __all__ = ["attention"]
 
@@ -44,5 +46,11 @@ def attention(
         >>> attention(q, q, q, WindowConfig(window=32), is_causal=True).shape
         torch.Size([1, 2, 128, 64])
     """
-    function = mechanism_of_config(config).function
+    function = _function_of(type(config))
     return function(query, key, value, attn_mask, dropout_p, is_causal, config=config, **settings)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _function_of(config_class: type) -> Callable[..., Any]:
+    """The function of the mechanism with this config class; compiled code cannot trace imports."""
+    return mechanism_of_config_class(config_class).function

@@ -135,13 +135,18 @@ def get_mechanism(name: str) -> Mechanism:
 
 def mechanism_of_config(config: object) -> Mechanism:
     """The mechanism whose config class `config` belongs to; raises ConfigError otherwise."""
+    return mechanism_of_config_class(type(config))
+
+
+def mechanism_of_config_class(config_class: type) -> Mechanism:
+    """The mechanism with this config class; raises ConfigError otherwise."""
     for mechanism in MECHANISMS.values():
-        if type(config).__name__ == mechanism.config_name and isinstance(
-            config, mechanism.config_class
+        if config_class.__name__ == mechanism.config_name and issubclass(
+            config_class, mechanism.config_class
         ):
             return mechanism
     known = [mechanism.config_name for mechanism in MECHANISMS.values()]
     raise ConfigError(
-        f"config: {type(config).__name__} {config!r} belongs to no mechanism. "
-        f"{nearest_name(type(config).__name__, known)}"
+        f"config: a {config_class.__name__} belongs to no mechanism. "
+        f"{nearest_name(config_class.__name__, known)}"
     )
