@@ -45,7 +45,9 @@ class HyperConfig:
     chunk_size: keys that are clustered together, a multiple of cluster_size.
     cluster_size: mean number of keys of a cluster; a power of two.
     num_probes: clusters that each query opens, i.e. visits key by key: those with the largest
-        scale * q . mean_key + log(count).
+        scale * q . mean_key + log(count) (+ probe_spread times the standard deviation).
+    probe_spread: adds that many standard deviations of a cluster's scores, by the diagonal of its
+        covariance, to what clusters are chosen by: finds clusters with one excellent key.
     num_globals: keys of each chunk that every later query visits: the ones farthest from the mean
         of their cluster.
 
@@ -72,6 +74,7 @@ class HyperConfig:
     chunk_size: int = 512
     cluster_size: int = 16
     num_probes: int = 16
+    probe_spread: float = 0.0
     num_globals: int = 0
     block_size: int = 256
     min_length: int = 2048
@@ -158,6 +161,12 @@ class HyperConfig:
             raise ConfigError(
                 f"HyperConfig: num_globals {self.num_globals} and num_sinks {self.num_sinks} "
                 f"leave nothing of a chunk of {self.chunk_size}. Use a larger chunk_size."
+            )
+        spread = self.probe_spread
+        if isinstance(spread, bool) or not isinstance(spread, (int, float)) or not spread >= 0:
+            raise ConfigError(
+                f"HyperConfig: probe_spread is {spread!r}; it must be a number >= 0. "
+                "Nearest valid: 0.0."
             )
         if self.max_error is not None and (
             isinstance(self.max_error, bool)

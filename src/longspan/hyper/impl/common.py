@@ -13,6 +13,7 @@ from ..plan import ChunkIndex, Columns
 
 __all__ = [
     "chunk_index",
+    "choice_scores",
     "choose",
     "columns_backward",
     "full_chunks",
@@ -93,7 +94,10 @@ def choose(call: Call, config: HyperConfig, index: ChunkIndex) -> Tensor:
         if not call.is_causal:
             seen = seen | ((names >= after.unsqueeze(-1)) & (names < full.unsqueeze(-1)))
         q = call.query[:, :, rows].to(wide).reshape(batch, kv_heads, -1, dim)
-        scores = (call.scale * q) @ index.mean_key[:, :, :reach].to(wide).transpose(-1, -2)
+        scores = choice_scores(
+            (call.scale * q).flatten(0, 1), index.mean_key[:, :, :reach].flatten(0, 1),
+            index.variance[:, :, :reach].flatten(0, 1), config.probe_spread,
+        )  # fmt: skip
         scores = scores.view(batch, kv_heads, groups, -1, reach)
         scores = scores + bias[:, :, None, None, :reach]
         scores = scores.masked_fill(~seen[:, None, None], float("-inf")).nan_to_num(
@@ -102,6 +106,17 @@ def choose(call: Call, config: HyperConfig, index: ChunkIndex) -> Tensor:
         picks = torch.where(best.values == float("-inf"), -1, best.indices).to(torch.int32)
         chosen[:, :, rows, : picks.shape[-1]] = picks.reshape(batch, heads, -1, picks.shape[-1])
     return chosen
+
+
+def choice_scores(q: Tensor, mean_key: Tensor, variance: Tensor, spread: float) -> Tensor:
+    """(E, rows, clusters): what clusters are chosen by, but for log(count). q is scaled.
+
+    q . mean + spread * sqrt(sum_d q_d^2 variance_d)
+    """
+    scores = q @ mean_key.to(q.dtype).transpose(1, 2)
+    if spread:
+        scores += spread * (q.square() @ variance.to(q.dtype).transpose(1, 2)).clamp_(min=0).sqrt_()
+    return scores
 
 
 def make_columns(call: Call, config: HyperConfig, index: ChunkIndex) -> Columns:

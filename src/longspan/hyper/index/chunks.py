@@ -44,6 +44,8 @@ def build_chunk_index(
 
     labels = torch.empty((groups, size), dtype=torch.int32, device=device)
     mean_key = torch.empty((groups, per_chunk, dim), dtype=wide, device=device)
+    variance = torch.empty((groups, per_chunk if config.probe_spread else 0, dim), dtype=wide,
+                           device=device)  # fmt: skip
     step = max(1, _ROWS_AT_ONCE // (size * max(per_chunk, dim)))
     for start in range(0, groups, step):
         part = slice(start, start + step)
@@ -55,7 +57,11 @@ def build_chunk_index(
             owner = torch.arange(start, start + x.shape[0], device=device) // chunks % heads
             planes = projections.to(device)[owner]
         labels[part] = _labels(x, mean, config, ~sinks[part], planes)
-        mean_key[part] = cluster_means(x, labels[part], per_chunk) + mean
+        centre = cluster_means(x, labels[part], per_chunk)
+        mean_key[part] = centre + mean
+        if config.probe_spread:
+            square = cluster_means(x.square(), labels[part], per_chunk)
+            variance[part] = (square - centre.square()).clamp(min=0)
 
     counts = torch.zeros((groups, per_chunk + 1), dtype=torch.int32, device=device)
     counts.scatter_add_(1, labels.long(), torch.ones_like(labels))
@@ -81,6 +87,7 @@ def build_chunk_index(
         mean_key=mean_key.reshape(batch, heads, chunks * per_chunk, dim),
         samples=samples.to(torch.int32).reshape(batch, heads, -1),
         sample_bias=bias.reshape(batch, heads, -1),
+        variance=variance.reshape(batch, heads, chunks * variance.shape[1], dim),
     )
 
 
