@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     )
     from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
     from .exact.config import ExactConfig
+    from .hyper.api import hyper_attention, hyper_attention_varlen, hyper_attention_with_lse
+    from .hyper.config import HyperConfig
     from .sdpa import patched_sdpa
     from .stick_breaking.api import (
         StickBreakingOutput,
@@ -61,6 +63,10 @@ _LAZY = {
     "ExactConfig": "exact.config",
     "Explanation": "_explain",
     "explain": "_explain",
+    "hyper_attention": "hyper.api",
+    "hyper_attention_varlen": "hyper.api",
+    "hyper_attention_with_lse": "hyper.api",
+    "HyperConfig": "hyper.config",
     "patched_sdpa": "sdpa",
     "StickBreakingChunk": "stick_breaking.state",
     "StickBreakingConfig": "stick_breaking.config",
@@ -87,6 +93,7 @@ __all__ = [
     "ConfigError",
     "ExactConfig",
     "Explanation",
+    "HyperConfig",
     "Impl",
     "LongspanError",
     "LongspanWarning",
@@ -107,6 +114,9 @@ __all__ = [
     "exact_attention_varlen",
     "exact_attention_with_lse",
     "explain",
+    "hyper_attention",
+    "hyper_attention_varlen",
+    "hyper_attention_with_lse",
     "merge",
     "merge_stick_breaking",
     "patched_sdpa",

@@ -130,13 +130,14 @@ def make_columns(call: Call, config: HyperConfig, index: ChunkIndex) -> Columns:
         size, per_chunk = config.chunk_size, config.clusters_per_chunk
         chunks = clusters // per_chunk
         counts = index.counts.clamp(min=1).to(wide).unsqueeze(-1)
-        local = index.labels.reshape(-1, size)
+        local = index.labels.reshape(batch * kv_heads * chunks, size)
         local = torch.where(local < 0, per_chunk, local % per_chunk)
 
         def mean(tensor: Tensor) -> Tensor:
-            rows = tensor[:, :, : chunks * size].to(wide).reshape(-1, size, tensor.shape[-1])
+            width = tensor.shape[-1]
+            rows = tensor[:, :, : chunks * size].to(wide).reshape(local.shape[0], size, width)
             total = member_matrix(local, per_chunk, wide) @ rows
-            return total.reshape(batch, kv_heads, clusters, -1) / counts
+            return total.reshape(batch, kv_heads, clusters, width) / counts
 
         mean_key, variance = mean(key), None
         if config.variance_term:

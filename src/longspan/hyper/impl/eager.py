@@ -35,7 +35,7 @@ def eager_forward(
     output = call.query.new_zeros((batch, heads, n_q, call.value.shape[-1]))
     lse = call.query.new_full((batch, heads, n_q), float("-inf"), dtype=wide)
     picks = torch.full((batch, heads, n_q, probes), -1, dtype=torch.int32, device=lse.device)
-    if call.query.numel() == 0 or call.key.numel() == 0:
+    if 0 in (call.query.numel(), call.key.numel(), call.value.numel()):
         return output, lse, picks
     for entries, part, part_index in _parts(call, config, index):
         columns = make_columns(part, config, part_index)
@@ -80,7 +80,7 @@ def eager_backward(
     dq = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
     dk = torch.zeros_like(call.key, dtype=wide, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(call.value, dtype=wide, memory_format=torch.contiguous_format)
-    if call.query.numel() == 0 or call.key.numel() == 0:
+    if 0 in (call.query.numel(), call.key.numel(), call.value.numel()):
         return dq, dk.to(call.key.dtype), dv.to(call.value.dtype)
     for entries, part, part_index in _parts(call, config, index):
         columns = make_columns(part, config, part_index)
@@ -207,7 +207,7 @@ def _of_heads(side: Side, some: slice) -> Side:
 def _grouped(tensor: Tensor, call: Call) -> Tensor:
     """(B, H, rows, ...) to (B H_kv, G, rows, ...)."""
     group = call.query.shape[1] // call.key.shape[1]
-    return tensor.reshape(-1, group, *tensor.shape[2:])
+    return tensor.reshape(tensor.shape[0] * call.key.shape[1], group, *tensor.shape[2:])
 
 
 def _ungrouped(tensor: Tensor, call: Call) -> Tensor:

@@ -75,7 +75,7 @@ def make_pieces(
     bias = torch.zeros_like(picks, dtype=wide).masked_fill(empty, float("-inf"))
     return Pieces(
         keys.view(total, capacity, dim),
-        values.view(total, capacity, -1),
+        values.view(total, capacity, value.shape[-1] + 1),
         bias.view(total, capacity),
         first,
         number,
@@ -104,10 +104,10 @@ def opened_forward(q: Tensor, chosen: Tensor, pieces: Pieces) -> tuple[Tensor, T
     (B, H_kv, G, R, D_v) and lse (B, H_kv, G, R); zeros and -inf where nothing is open.
     """
     rows = chosen.shape[:-1]
-    tiles = _tiles(chosen, pieces)
     width = pieces.values.shape[-1]
-    if tiles.piece.numel() == 0:
+    if chosen.numel() == 0 or pieces.keys.shape[0] == 0 or not bool((chosen >= 0).any()):
         return q.new_zeros((*rows, width - 1)), q.new_full(rows, float("-inf"))
+    tiles = _tiles(chosen, pieces)
     flat = q.reshape(-1, q.shape[-1])
     scores = _scores(flat, tiles, pieces)
     top = scores.amax(-1)  # finite: a piece has at least one key
@@ -141,9 +141,9 @@ def opened_backward(
 
     lse and delta (B, H_kv, G, R) are of the whole rows; grad_output is (B, H_kv, G, R, D_v) wide.
     """
-    tiles = _tiles(chosen, pieces)
-    if tiles.piece.numel() == 0:
+    if chosen.numel() == 0 or pieces.keys.shape[0] == 0 or not bool((chosen >= 0).any()):
         return torch.zeros_like(q)
+    tiles = _tiles(chosen, pieces)
     flat = q.reshape(-1, q.shape[-1])
     scores = _scores(flat, tiles, pieces)
     at = tiles.rows

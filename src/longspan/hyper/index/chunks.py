@@ -73,7 +73,7 @@ def build_chunk_index(
     globals_ = _globals(order, sinks, left, config)
 
     def shaped(tensor: Tensor) -> Tensor:
-        return tensor.to(torch.int32).reshape(batch, heads, -1)
+        return tensor.to(torch.int32).reshape(batch, heads, chunks * tensor.shape[1])
 
     cluster_base = (torch.arange(chunks, device=device) * per_chunk).repeat(batch * heads)
     marked = torch.where(labels < per_chunk, labels + cluster_base.unsqueeze(-1), -1)
@@ -85,8 +85,8 @@ def build_chunk_index(
         labels=shaped(marked),
         globals=globals_.to(torch.int32).reshape(batch, heads, chunks, config.num_globals),
         mean_key=mean_key.reshape(batch, heads, chunks * per_chunk, dim),
-        samples=samples.to(torch.int32).reshape(batch, heads, -1),
-        sample_bias=bias.reshape(batch, heads, -1),
+        samples=shaped(samples),
+        sample_bias=bias.reshape(batch, heads, chunks * bias.shape[1]),
         variance=variance.reshape(batch, heads, chunks * variance.shape[1], dim),
     )
 
@@ -153,12 +153,12 @@ def _samples(
     batch, heads = value.shape[:2]
     draws = draw_uniforms(seed, "hyper/chunk-samples", heads, chunks, config.num_samples,
                           first_chunk, value.device)  # fmt: skip
-    draws = draws.reshape(1, heads * chunks, -1).expand(batch, -1, -1).flatten(0, 1)
+    draws = draws.reshape(1, heads * chunks, config.num_samples).expand(batch, -1, -1).flatten(0, 1)
     norms = None
     if config.residual == "value_norm":
         size = order.shape[1]
         flat = value[:, :, : chunks * size].detach().float().square().sum(-1)
-        flat = torch.nan_to_num(flat, posinf=0.0).unsqueeze(2).expand(-1, -1, max(chunks, 1), -1)
-        norms = flat.reshape(order.shape[0], -1).gather(1, order)
+        flat = torch.nan_to_num(flat, posinf=0.0).flatten(0, 1)
+        norms = flat.gather(1, order.reshape(batch * heads, chunks * size)).view(order.shape)
     ranks, bias = sample_ranks(draws, order.shape[1] - left, config.residual, norms)
     return order.gather(1, ranks), bias
