@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ._explain import Explanation, explain
     from ._front import attention
     from ._merge import merge, merge_stick_breaking
     from .errors import (
@@ -24,8 +25,20 @@ if TYPE_CHECKING:
     )
     from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
     from .exact.config import ExactConfig
-    from .explain import Explanation, explain
     from .sdpa import patched_sdpa
+    from .stick_breaking.api import (
+        StickBreakingOutput,
+        stick_breaking_attention,
+        stick_breaking_attention_varlen,
+        stick_breaking_attention_with_remainder,
+    )
+    from .stick_breaking.config import StickBreakingConfig
+    from .stick_breaking.state import (
+        StickBreakingChunk,
+        StickBreakingState,
+        stick_breaking_attention_chunk,
+    )
+    from .stick_breaking.stats import StickBreakingStats, stick_breaking_attention_stats
     from .types import AttentionOutput, Impl
     from .window.api import window_attention, window_attention_varlen, window_attention_with_lse
     from .window.config import WindowConfig
@@ -46,9 +59,19 @@ _LAZY = {
     "exact_attention_varlen": "exact.api",
     "exact_attention_with_lse": "exact.api",
     "ExactConfig": "exact.config",
-    "Explanation": "explain",
-    "explain": "explain",
+    "Explanation": "_explain",
+    "explain": "_explain",
     "patched_sdpa": "sdpa",
+    "StickBreakingChunk": "stick_breaking.state",
+    "StickBreakingConfig": "stick_breaking.config",
+    "StickBreakingOutput": "stick_breaking.api",
+    "StickBreakingState": "stick_breaking.state",
+    "StickBreakingStats": "stick_breaking.stats",
+    "stick_breaking_attention": "stick_breaking.api",
+    "stick_breaking_attention_chunk": "stick_breaking.state",
+    "stick_breaking_attention_stats": "stick_breaking.stats",
+    "stick_breaking_attention_varlen": "stick_breaking.api",
+    "stick_breaking_attention_with_remainder": "stick_breaking.api",
     "AttentionOutput": "types",
     "Impl": "types",
     "window_attention": "window.api",
@@ -57,7 +80,7 @@ _LAZY = {
     "WindowConfig": "window.config",
     "WindowState": "window.state",
 }
-_SUBMODULES = ("mechanisms", "testing")
+_SUBMODULES = ("hf", "mechanisms", "models", "nn", "testing")
 
 __all__ = [
     "AttentionOutput",
@@ -70,6 +93,11 @@ __all__ = [
     "MissingExtraError",
     "PatchError",
     "ShapeError",
+    "StickBreakingChunk",
+    "StickBreakingConfig",
+    "StickBreakingOutput",
+    "StickBreakingState",
+    "StickBreakingStats",
     "UnsupportedError",
     "WindowConfig",
     "WindowState",
@@ -82,6 +110,11 @@ __all__ = [
     "merge",
     "merge_stick_breaking",
     "patched_sdpa",
+    "stick_breaking_attention",
+    "stick_breaking_attention_chunk",
+    "stick_breaking_attention_stats",
+    "stick_breaking_attention_varlen",
+    "stick_breaking_attention_with_remainder",
     "window_attention",
     "window_attention_varlen",
     "window_attention_with_lse",

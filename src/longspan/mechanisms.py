@@ -41,6 +41,7 @@ class Mechanism:
     has_backward: bool = True
     state_name: str | None = None  # class in `state.py` of what streams with bounded memory
     has_triton: bool = False
+    has_parameters: bool = False  # learns tensors of its own: `initial_parameters` in `api.py`
 
     @property
     def config_class(self) -> type[Any]:
@@ -77,6 +78,12 @@ class Mechanism:
         """Class of the streaming state, or None."""
         return self._load("state", self.state_name) if self.state_name else None
 
+    @property
+    def initial_parameters(self) -> Callable[..., dict[str, Any]]:
+        """`initial_parameters(config, heads=, kv_heads=, head_dim=)`: keyword of the function ->
+        tensor to start training from. Only where `has_parameters`."""
+        return self._load("api", "initial_parameters")  # type: ignore[no-any-return]
+
     def _load(self, module: str, attribute: str) -> Any:
         return getattr(importlib.import_module(f".{self.package}.{module}", __package__), attribute)
 
@@ -99,6 +106,18 @@ _TABLE = (
         state_name="WindowState",
         has_triton=True,
     ),
+    Mechanism(
+        name="stick_breaking",
+        summary="keys take shares of a stick, nearest first: no positions, exact, early stop",
+        paper="arXiv:2410.17980",
+        package="stick_breaking",
+        config_name="StickBreakingConfig",
+        merge="stick_breaking",
+        is_causal_only=True,
+        on_pretrained=False,
+        state_name="StickBreakingState",
+        has_triton=True,
+    ),
 )
 
 MECHANISMS: dict[str, Mechanism] = {mechanism.name: mechanism for mechanism in _TABLE}
@@ -116,13 +135,18 @@ def get_mechanism(name: str) -> Mechanism:
 
 def mechanism_of_config(config: object) -> Mechanism:
     """The mechanism whose config class `config` belongs to; raises ConfigError otherwise."""
+    return mechanism_of_config_class(type(config))
+
+
+def mechanism_of_config_class(config_class: type) -> Mechanism:
+    """The mechanism with this config class; raises ConfigError otherwise."""
     for mechanism in MECHANISMS.values():
-        if type(config).__name__ == mechanism.config_name and isinstance(
-            config, mechanism.config_class
+        if config_class.__name__ == mechanism.config_name and issubclass(
+            config_class, mechanism.config_class
         ):
             return mechanism
     known = [mechanism.config_name for mechanism in MECHANISMS.values()]
     raise ConfigError(
-        f"config: {type(config).__name__} {config!r} belongs to no mechanism. "
-        f"{nearest_name(type(config).__name__, known)}"
+        f"config: a {config_class.__name__} belongs to no mechanism. "
+        f"{nearest_name(config_class.__name__, known)}"
     )

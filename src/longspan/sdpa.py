@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._front import attention
 from .mechanisms import mechanism_of_config
 
 __all__ = ["patched_sdpa"]
@@ -44,7 +43,7 @@ class patched_sdpa(TorchFunctionMode):  # a context manager, named like a functi
     """
 
     def __init__(self, config: Any, **settings: Any) -> None:
-        mechanism_of_config(config)
+        self._function = mechanism_of_config(config).function
         super().__init__()
         self.config = config
         self.settings = settings
@@ -81,16 +80,16 @@ class patched_sdpa(TorchFunctionMode):  # a context manager, named like a functi
         elif key.shape[0] != query.shape[0] or value.shape[0] != query.shape[0]:
             key = key.expand(query.shape[0], *key.shape[1:])
             value = value.expand(query.shape[0], *value.shape[1:])
-        output = attention(
+        output = self._function(
             query,
             key,
             value,
-            self.config,
             attn_mask,
             dropout_p,
             is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
+            config=self.config,
             **self.settings,
         )
         output = output if isinstance(output, Tensor) else output.output

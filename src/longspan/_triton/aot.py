@@ -27,6 +27,7 @@ class AotCase:
     signature: argument name -> Triton type ("*bf16", "i32", "fp32", ...), constexprs left out.
     constexprs: argument name -> value.
     aligned: arguments (pointers, strides) known to be divisible by 16.
+    spill_allowance: bytes a thread may spill; more than 0 only with a measured reason beside it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class AotCase:
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...] = field(default=())
+    spill_allowance: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

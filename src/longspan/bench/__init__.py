@@ -1,1 +1,1 @@
-"""Measuring: timing, memory, where it ran. No numbers without their origin."""
+"""Measuring: timing, memory, where it ran, a benchmark over the registry and its reports."""

@@ -134,8 +134,8 @@ def _check(
                             oracle = _run(mechanism, Impl.REFERENCE, _wide(q, k, v), common)
                             budgets = _budgets(oracle, q, k, v, common)
                         got = _run(mechanism, report.impl, (q, k, v), common)
-                    except LongspanError as refused:
-                        reason = str(refused)
+                    except LongspanError as refusal:
+                        reason = str(refusal)
                 error, budget = float("nan"), float("nan")
                 if got is not None and oracle is not None and budgets is not None:
                     error, budget = _worst(got, oracle, budgets)

@@ -211,7 +211,8 @@ def window_attention_varlen(
     output, _ = window_fwd(q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q,
                            call.max_seqlen_k, call.is_causal, call.scale, 0, config.window,
                            config.num_sinks, chosen.value)  # fmt: skip
-    return output.squeeze(0).transpose(0, 1)
+    packed: Tensor = output.squeeze(0).transpose(0, 1)
+    return packed
 
 
 def window_attention_chunk(

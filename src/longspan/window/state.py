@@ -34,6 +34,11 @@ class WindowState:
     seen: int
     config: WindowConfig
 
+    @classmethod
+    def kept_keys(cls, config: WindowConfig) -> tuple[int, int]:
+        """How many of the first keys, and of the most recent ones, a stream has to keep."""
+        return config.num_sinks, config.window - 1
+
     def detach(self) -> WindowState:
         """The same state outside of the autograd graph (truncated backpropagation)."""
         return replace(self, key=self.key.detach(), value=self.value.detach())

@@ -1,0 +1,1 @@
+"""Evidence: perplexity, loss on a fixed tail, passkey retrieval, comparison of mechanisms."""

@@ -1,0 +1,65 @@
+"""Models to measure and to train: registry-shipped weights, folders, and a small transformer.
+
+Names are resolved on first use; the table of models needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .download import DownloadError, fetch
+    from .generation import generate
+    from .loader import LoadedModel, load
+    from .registry import MODELS, ModelInfo, ModelRow, cache_folder, list_models
+    from .transformer import Transformer, TransformerOutput, TransformerState, next_token_loss
+    from .transformer_config import TransformerConfig
+
+_LAZY = {
+    "DownloadError": "download",
+    "LoadedModel": "loader",
+    "MODELS": "registry",
+    "ModelInfo": "registry",
+    "ModelRow": "registry",
+    "Transformer": "transformer",
+    "TransformerConfig": "transformer_config",
+    "TransformerOutput": "transformer",
+    "TransformerState": "transformer",
+    "cache_folder": "registry",
+    "fetch": "download",
+    "generate": "generation",
+    "list_models": "registry",
+    "load": "loader",
+    "next_token_loss": "transformer",
+}
+
+__all__ = [
+    "MODELS",
+    "DownloadError",
+    "LoadedModel",
+    "ModelInfo",
+    "ModelRow",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerOutput",
+    "TransformerState",
+    "cache_folder",
+    "fetch",
+    "generate",
+    "list_models",
+    "load",
+    "next_token_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

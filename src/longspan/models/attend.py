@@ -1,0 +1,137 @@
+"""Run any mechanism of the registry as a causal layer: whole, packed, or as a stream."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._state import load_state, save_state
+from ..errors import UnsupportedError
+from ..mechanisms import mechanism_of_config
+from ..types import Impl
+from .positions import alibi_attention
+
+__all__ = ["CausalAttention", "KeyValueCache"]
+
+_KNOWN = {
+    *("query", "key", "value", "is_causal", "query_offset"),
+    *("scale", "enable_gqa", "config", "impl", "seed"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyValueCache:
+    """All keys and values seen, for mechanisms that have no smaller state.
+
+    key: (B, H_kv, seen, D). value: (B, H_kv, seen, D_v). config: of the mechanism.
+    """
+
+    key: Tensor
+    value: Tensor
+    config: Any
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, which appears whole or not at all."""
+        tensors = {"key": self.key, "value": self.value}
+        save_state(path, "KeyValueCache", self.config, tensors, {})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: Any, *, device: torch.device | str = "cpu"
+    ) -> KeyValueCache:
+        """Read what `save` wrote; ConfigError if it was made with another `config`."""
+        tensors, _ = load_state(path, "KeyValueCache", config, device=device)
+        return cls(key=tensors["key"], value=tensors["value"], config=config)
+
+
+class CausalAttention:
+    """The mechanism of one layer behind three calls; holds no parameters.
+
+    Args:
+        config: of a mechanism; its type picks which.
+        positions: of the model; "alibi" puts its bias on the scores here.
+        seed: for mechanisms with random inputs.
+        impl: as in the mechanism's function; a named one runs or raises.
+
+    Raises:
+        UnsupportedError: the mechanism needs inputs that this layer does not have.
+    """
+
+    def __init__(self, config: Any, *, positions: str, seed: int, impl: Impl | str) -> None:
+        mechanism = mechanism_of_config(config)
+        self.config = config
+        self.alibi = positions == "alibi"
+        self.function = mechanism.function
+        self.function_varlen = mechanism.function_varlen if mechanism.has_varlen else None
+        parameters = inspect.signature(self.function).parameters.values()
+        needs = [p.name for p in parameters if p.default is p.empty and p.name not in _KNOWN]
+        if needs:
+            raise UnsupportedError(
+                f"Transformer: {mechanism.name} attention needs {', '.join(needs)}, which this "
+                "model has no parameters for. Allowed: mechanisms without parameters of their "
+                "own. Use the modules of longspan.nn in a model of yours."
+            )
+        self.name = mechanism.name
+        self.settings: dict[str, Any] = {"enable_gqa": True, "config": config, "impl": impl}
+        self.random = {"seed": seed} if any(p.name == "seed" for p in parameters) else {}
+        package = importlib.import_module(f"..{mechanism.package}", __package__)
+        self.chunk = getattr(package, f"{mechanism.name}_attention_chunk", None)
+        self.state_class: Any = mechanism.state_class if self.chunk else KeyValueCache
+
+    def whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, H, N, D), all tokens of a sequence."""
+        return self._dense(query, key, value, 0)
+
+    def packed(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """(total, H, D), several sequences one after the other."""
+        if self.alibi:
+            return alibi_attention(
+                query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+                config=self.config, impl=self.settings["impl"],
+            )  # fmt: skip
+        if self.function_varlen is None:
+            raise UnsupportedError(
+                f"Transformer: {self.name} attention has no packed form. Allowed: (B, N) batches "
+                "of one length. Pass the documents one by one."
+            )
+        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return _output(
+            self.function_varlen(
+                query, key, value, *bounds, is_causal=True, **self.settings, **self.random
+            )
+        )
+
+    def stream(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next tokens (B, H, n, D) after `state` (None at the start); the state after them."""
+        if self.chunk is not None:
+            output, state = self.chunk(query, key, value, state, **self.settings)
+            return output, state
+        if state is not None:
+            key = torch.cat((state.key, key), dim=2)
+            value = torch.cat((state.value, value), dim=2)
+        output = self._dense(query, key, value, key.shape[2] - query.shape[2])
+        return output, KeyValueCache(key=key, value=value, config=self.config)
+
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor, offset: int) -> Tensor:
+        if self.alibi:
+            return alibi_attention(
+                query, key, value, query_offset=offset,
+                config=self.config, impl=self.settings["impl"],
+            )  # fmt: skip
+        result = self.function(
+            query, key, value, is_causal=True, query_offset=offset, **self.settings, **self.random
+        )
+        return _output(result)
+
+
+def _output(result: Any) -> Tensor:
+    """Mechanisms with a state return a NamedTuple whose first field is the output."""
+    return result if isinstance(result, Tensor) else result.output

@@ -1,0 +1,124 @@
+"""The parts of the reference transformer: norm, MLP, attention, and a block of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..types import Impl
+from .attend import CausalAttention
+from .positions import Rotation, at_least_float32, rotate
+from .transformer_config import TransformerConfig
+
+__all__ = ["Attention", "Block", "Documents", "RMSNorm", "SwiGLU"]
+
+
+class Documents(NamedTuple):
+    """Bounds of packed documents: cu_seqlens (S + 1,) int32, length of the longest."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Like `x`, in its dtype."""
+        wide = at_least_float32(x)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.mlp_size, bias=False)
+        self.up = nn.Linear(config.width, config.mlp_size, bias=False)
+        self.down = nn.Linear(config.mlp_size, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to (..., width)."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Projections, positions, and the mechanism of this layer between them."""
+
+    def __init__(self, config: TransformerConfig, layer: int, impl: Impl | str) -> None:
+        super().__init__()
+        inner, kv_inner = (h * config.head_size for h in (config.heads, config.num_kv_heads))
+        self.head_size = config.head_size
+        self.query = nn.Linear(config.width, inner, bias=False)
+        self.key = nn.Linear(config.width, kv_inner, bias=False)
+        self.value = nn.Linear(config.width, kv_inner, bias=False)
+        self.out = nn.Linear(inner, config.width, bias=False)
+        norms = config.qk_norm
+        self.query_norm = RMSNorm(config.head_size, config.norm_eps) if norms else nn.Identity()
+        self.key_norm = RMSNorm(config.head_size, config.norm_eps) if norms else nn.Identity()
+        self.mechanism = CausalAttention(
+            config.attention_of(layer),
+            positions=config.positions,
+            seed=config.attention_seed + layer,
+            impl=impl,
+        )
+
+    def forward(self, x: Tensor, rotation: Rotation | None, documents: Documents | None) -> Tensor:
+        """(B, N, width), or (total, width) with `documents`."""
+        if documents is None:
+            attended = self.mechanism.whole(*self._heads(x, rotation))
+        else:
+            q, k, v = (t.transpose(0, 1) for t in self._heads(x, rotation))  # (total, H, D)
+            attended = self.mechanism.packed(q, k, v, *documents).transpose(0, 1)
+        return self._join(attended)
+
+    def stream(self, x: Tensor, rotation: Rotation | None, state: Any) -> tuple[Tensor, Any]:
+        """The next n tokens, (B, n, width), after `state`."""
+        attended, state = self.mechanism.stream(*self._heads(x, rotation), state)
+        return self._join(attended), state
+
+    def _heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., H, N, D), (..., H_kv, N, D) twice."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
+            for project in (self.query, self.key, self.value)
+        )
+        q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k, v
+
+    def _join(self, attended: Tensor) -> Tensor:
+        return self.out(attended.transpose(-3, -2).flatten(-2))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: TransformerConfig, layer: int, impl: Impl | str) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer, impl)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, documents: Documents | None) -> Tensor:
+        """(B, N, width), or (total, width) with `documents`."""
+        x = x + self.attention(self.attention_norm(x), rotation, documents)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+    def stream(self, x: Tensor, rotation: Rotation | None, state: Any) -> tuple[Tensor, Any]:
+        """The next n tokens, (B, n, width), after `state`."""
+        attended, state = self.attention.stream(self.attention_norm(x), rotation, state)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), state

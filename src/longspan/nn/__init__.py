@@ -1,0 +1,23 @@
+"""Thin modules that own parameters and call the functions; one file per mechanism."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .stick_breaking import StickBreakingAttention
+
+_LAZY = {"StickBreakingAttention": "stick_breaking"}
+
+__all__ = ["StickBreakingAttention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

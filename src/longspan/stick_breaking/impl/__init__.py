@@ -1,0 +1,1 @@
+"""Implementations of stick-breaking attention; they do not import each other."""

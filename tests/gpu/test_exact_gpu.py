@@ -1,0 +1,96 @@
+"""Exact attention on a CUDA device: torch's kernels and the chunked form against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longspan import ExactConfig, exact_attention, exact_attention_varlen, exact_attention_with_lse
+from longspan.testing import make_qkv, relative_error, softmax_oracle
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("backend", ["flash", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n_q", "n_k", "offset"), [(257, 257, 0), (65, 300, 235), (300, 65, -20)])
+@pytest.mark.parametrize("dim", [(64, 64), (80, 48)])
+def test_values_and_gradients(backend, dtype, n_q, n_k, offset, dim):
+    q, k, v = make_qkv(2, 4, n_q, dim[0], n_k=n_k, kv_heads=2, value_dim=dim[1], dtype=dtype,
+                       device="cuda", requires_grad=True)  # fmt: skip
+    lengths = torch.tensor([n_k, n_k - 9], dtype=torch.int32, device="cuda")
+    common = {"is_causal": True, "query_offset": offset, "key_lengths": lengths}
+    got = exact_attention_with_lse(q, k, v, enable_gqa=True, config=ExactConfig(backend=backend),
+                                   **common)  # fmt: skip
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    want = softmax_oracle(*wide, **common)
+    seen = torch.isfinite(want.lse)
+    assert torch.equal(torch.isfinite(got.lse), seen)
+    assert relative_error(got.output, want.output) < 5e-3
+    torch.testing.assert_close(got.lse[seen].double(), want.lse[seen], rtol=1e-4, atol=1e-4)
+    up_o = torch.randn_like(want.output)
+    up_l = torch.randn_like(want.lse)
+
+    def gradients(result, inputs):
+        lse = torch.where(seen, result.lse, 0.0)
+        loss = (result.output.double() * up_o).sum() + (lse.double() * up_l).sum()
+        return torch.autograd.grad(loss, inputs)
+
+    for a, b in zip(gradients(got, (q, k, v)), gradients(want, wide), strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash", "cudnn", "efficient"])
+def test_torch_backends(backend):
+    q, k, v = make_qkv(2, 4, 256, 64, dtype=torch.bfloat16, device="cuda")
+    got = exact_attention(q, k, v, is_causal=True, config=ExactConfig(backend=backend))
+    want = softmax_oracle(q, k, v, is_causal=True).output
+    assert relative_error(got, want) < 5e-3
+
+
+def test_auto_is_as_fast_as_the_faster_of_flash_and_cudnn():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from longspan.bench.measure import time_call
+
+    q, k, v = make_qkv(1, 16, 8192, 128, dtype=torch.bfloat16, device="cuda")
+    best = float("inf")
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
+            timing = time_call(
+                lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device=q.device
+            )
+        best = min(best, timing.ms_p50)
+    ours = time_call(lambda: exact_attention(q, k, v, is_causal=True), device=q.device)
+    assert ours.ms_p50 < 1.15 * best
+
+
+def test_varlen_with_gradients_equals_separate():
+    marks = [0, 100, 100, 357, 400]
+    cu = torch.tensor(marks, dtype=torch.int32, device="cuda")
+    q = torch.randn(400, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(400, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(2))  # fmt: skip
+    got = exact_attention_varlen(q, k, v, cu, cu, 257, 257, is_causal=True, enable_gqa=True)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    rows = []
+    for start, end in itertools.pairwise(marks):
+        part = [t[start:end].transpose(0, 1)[None] for t in wide]
+        rows.append(softmax_oracle(*part, is_causal=True).output[0].transpose(0, 1))
+    want = torch.cat(rows)
+    assert relative_error(got, want) < 5e-3
+    up = torch.randn_like(want)
+    got_grads = torch.autograd.grad(got, (q, k, v), up.bfloat16())
+    for a, b in zip(got_grads, torch.autograd.grad(want, wide, up), strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+def test_decoding_and_long_lse():
+    q, k, v = make_qkv(1, 8, 1, 128, n_k=70_000, kv_heads=2, dtype=torch.bfloat16, device="cuda")
+    got = exact_attention_with_lse(q, k, v, is_causal=True, enable_gqa=True, query_offset=69_999)
+    want = softmax_oracle(q, k, v)
+    assert relative_error(got.output, want.output) < 5e-3
+    torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
