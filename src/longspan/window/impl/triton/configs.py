@@ -43,10 +43,10 @@ _QUERY = {
     ("large", 64): KernelConfig(64, 64, 4, 3),
     ("large", 128): KernelConfig(64, 64, 4, 2),
     ("large", 256): KernelConfig(64, 16, 8, 2),
-    ("medium", 64): KernelConfig(64, 64, 4, 2),
+    ("medium", 64): KernelConfig(64, 32, 4, 2),
     ("medium", 128): KernelConfig(64, 64, 4, 2),
     ("medium", 256): KernelConfig(64, 32, 8, 1),
-    ("small", 64): KernelConfig(64, 64, 4, 2),
+    ("small", 64): KernelConfig(64, 32, 4, 2),
     ("small", 128): KernelConfig(64, 32, 4, 1),
     ("small", 256): KernelConfig(32, 16, 4, 1),
 }
