@@ -39,8 +39,20 @@ _SLOW_BACKWARD = 65536  # exact attention beyond this length: forward only
 # head dim -> candidates; what runs is pinned in longspan/window/impl/triton/configs.py.
 TUNE = {
     "kernel": {
-        64: [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3)],
-        128: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
+        64: [
+            (64, 64, 4, 3),
+            (64, 64, 4, 3, 128),
+            (128, 64, 8, 3, 128),
+            (128, 64, 8, 2, 128),
+            (128, 128, 8, 3),
+        ],
+        128: [
+            (64, 64, 4, 3),
+            (128, 64, 8, 2, 128),
+            (128, 32, 8, 3, 128),
+            (128, 32, 8, 4, 128),
+            (128, 128, 8, 2),
+        ],
     },
     "query_kernel": {
         64: [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 2), (64, 128, 4, 2)],
@@ -182,7 +194,7 @@ def show(rows: list[dict[str, Any]]) -> None:
               flush=True)  # fmt: skip
 
 
-Trial = tuple[int, str, tuple[int, int, int, int]]  # head dim, kernel, tile sizes
+Trial = tuple[int, str, tuple[int, ...]]  # head dim, kernel, tile sizes
 
 
 def tune(kernels: list[str], length: int) -> None:

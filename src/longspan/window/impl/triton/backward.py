@@ -437,7 +437,7 @@ def triton_backward(
     _window_query_bwd_kernel[grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)](
         *inputs, dq, *placing, *strides, *dq.stride()[:3], *lse.stride()[:2],
         call.scale, heads, *numbers, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
-        BLOCK_S=SINK_TILE, num_warps=sizes.num_warps, num_stages=sizes.num_stages, **common,
+        BLOCK_S=SINK_TILE, **sizes.options(), **common,
     )  # fmt: skip
 
     run_rows = 32 if interpreting() else sink_rows(config.num_sinks)
@@ -450,15 +450,14 @@ def triton_backward(
         _window_sink_bwd_kernel[grid](
             *inputs, *parts, *placing, *strides, *lse.stride()[:2],
             call.scale, heads, *numbers, BLOCK_M=sizes.block_m, BLOCK_S=sizes.block_n,
-            ROWS=run_rows, num_warps=sizes.num_warps, num_stages=sizes.num_stages, **common,
+            ROWS=run_rows, **sizes.options(), **common,
         )  # fmt: skip
 
     sizes = key_kernel or pick([key_config(dim, value_dim, q.dtype, shared)])
     _window_key_bwd_kernel[grid_of(triton.cdiv(keys, sizes.block_n), entries, kv_heads)](
         *inputs, *parts, dk, dv, *placing, *strides, *dk.stride()[:3], *dv.stride()[:3],
         *lse.stride()[:2], call.scale, kv_heads, *numbers, runs, BLOCK_M=sizes.block_m,
-        BLOCK_N=sizes.block_n, ROWS=run_rows, num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages, **common,
+        BLOCK_N=sizes.block_n, ROWS=run_rows, **sizes.options(), **common,
     )  # fmt: skip
     return _cut(whole, dims)
 

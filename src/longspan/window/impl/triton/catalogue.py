@@ -97,5 +97,6 @@ def _case(
         constexprs=constexprs,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
+        max_registers=sizes.max_registers,
         aligned=tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_")),
     )

@@ -186,6 +186,6 @@ def triton_forward(
         BLOCK_D=block_dim(dim), BLOCK_DV=block_dim(value_dim),
         IS_CAUSAL=call.is_causal, IS_PACKED=cu_seqlens_q is not None, HAS_LENGTHS=call.key_lengths is not None,
         FLIP=scale < 0, UPCAST=upcasts(query.dtype, interpreting()),
-        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
+        **sizes.options(),
     )  # fmt: skip
     return output[..., : call.value.shape[-1]].contiguous(), lse
