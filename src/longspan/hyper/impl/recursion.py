@@ -18,6 +18,7 @@ from ..geometry import Leaf, Node, Recursion, recursion
 from ..index.sorted import build_sorted_index
 from ..plan import SortedIndex
 from .common import add_rows, wide_dtype
+from .flash_cpu import attend, can_attend
 
 __all__ = [
     "entries_of",
@@ -76,7 +77,18 @@ def recursion_forward(
     shape = q.shape[:3]
     output, lse = q.new_zeros((*shape, v.shape[-1])), q.new_full(shape, float("-inf"))
     geometry = geometry_of(call, config)
+    fast = can_attend(q, v)
     for leaf in geometry.leaves:
+        aligned = leaf.q_start + call.query_offset == leaf.k_start
+        if fast and (not call.is_causal or (aligned and leaf.q_end - leaf.q_start <= leaf.k_end
+                                            - leaf.k_start)):  # fmt: skip
+            rows, keys = slice(leaf.q_start, leaf.q_end), slice(leaf.k_start, leaf.k_end)
+            if call.is_causal:
+                keys = slice(leaf.k_start, leaf.k_start + leaf.q_end - leaf.q_start)
+            output[:, :, rows], lse[:, :, rows] = attend(
+                q[:, :, rows], k[:, keys], v[:, keys], is_causal=call.is_causal
+            )
+            continue
         for rows, keys, bias in _leaf_blocks(call, leaf):
             scores = (q[:, :, rows].flatten(1, 2) @ k[:, keys].transpose(1, 2)).view(
                 *shape[:2], rows.stop - rows.start, -1
@@ -87,6 +99,9 @@ def recursion_forward(
     for number, node in enumerate(geometry.nodes):
         columns = _node_columns(k, v, config, index, geometry, number)
         for tile in _tiles(index, geometry, number, node, q.shape):
+            if fast and not tile.q_pad and not tile.k_pad and columns.variance is None:
+                _fast_tile(output, lse, q, k, v, tile, node, columns)
+                continue
             qs, ks, vs, scores = _tile_scores(q, k, v, tile, node, columns, config)
             width = ks.shape[2]
             top = scores.amax(-1, keepdim=True)
@@ -103,6 +118,30 @@ def recursion_forward(
         output.view(batch, heads, *output.shape[2:]).to(call.query.dtype),
         lse.view(batch, heads, -1).to(wide),
     )
+
+
+def _fast_tile(
+    output: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: _Tile, node: Node,
+    columns: _NodeColumns,
+) -> None:  # fmt: skip
+    """A tile of whole blocks by the CPU's attention kernel: blocks, then columns, joined."""
+    groups, group, _ = tile.rows.shape
+    qs = q.gather(2, tile.rows.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1]))
+    ks, vs = (_keys_of(tensor, tile, node).flatten(0, 1) for tensor in (k, v))
+    blocks = qs.view(groups, group, tile.count, node.q_block, -1).transpose(1, 2)
+    part, part_lse = attend(blocks.flatten(0, 1), ks, vs)
+    shape = (groups, tile.count, group, node.q_block)
+    _join_rows(output, lse, tile, part.reshape(*shape, -1), part_lse.reshape(shape))
+    if columns.key.shape[1] == 0:
+        return
+    names = torch.arange(tile.first, tile.first + tile.count, device=q.device)
+    own = columns.owner.unsqueeze(1) == names.unsqueeze(-1)  # (E, blocks, R)
+    bias = columns.bias.unsqueeze(1).masked_fill(own, float("-inf"))
+    bias = bias.repeat_interleave(node.q_block, 1)  # (E, count, R)
+    part, part_lse = attend(qs, columns.key, columns.value, bias=bias)
+    _join_rows(output, lse, tile, part.view(groups, group, *shape[1:2], node.q_block, -1)
+               .transpose(1, 2), part_lse.view(groups, group, tile.count, node.q_block)
+               .transpose(1, 2))  # fmt: skip
 
 
 def recursion_backward(
