@@ -2,9 +2,12 @@
 
 from .api import hyper_attention, hyper_attention_varlen, hyper_attention_with_lse
 from .config import HyperConfig
+from .stats import HyperStats, hardness
 
 __all__ = [
     "HyperConfig",
+    "HyperStats",
+    "hardness",
     "hyper_attention",
     "hyper_attention_varlen",
     "hyper_attention_with_lse",

@@ -13,7 +13,7 @@ from ..geometry import Recursion, far_after, far_before
 from ..plan import ChunkIndex, Columns, SortedIndex
 from .common import full_chunks, make_columns, wide_dtype, without_padding
 
-__all__ = ["chunks_reference", "near_visible", "recursion_reference"]
+__all__ = ["chunks_reference", "chunks_visible", "near_visible", "recursion_reference"]
 
 
 def near_visible(call: Call, config: HyperConfig) -> Tensor:
@@ -34,6 +34,15 @@ def chunks_reference(
     call: Call, config: HyperConfig, index: ChunkIndex, chosen: Tensor
 ) -> AttentionOutput:
     """softmax over near keys, sinks, globals, opened clusters (exact) and columns (the rest)."""
+    columns = make_columns(call, config, index)
+    visible, opened = chunks_visible(call, config, index, chosen)
+    return _attend(call, visible, columns, _columns_seen(call, config, index, columns, opened))
+
+
+def chunks_visible(
+    call: Call, config: HyperConfig, index: ChunkIndex, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N_q, N_k) bool: keys visited exactly; (B, H, N_q, M) bool: clusters opened."""
     device = call.query.device
     batch, heads, n_q, _ = call.query.shape
     n_k, kv_heads = call.key.shape[2], call.key.shape[1]
@@ -53,8 +62,16 @@ def chunks_reference(
     else:
         is_open = torch.zeros((batch, heads, n_q, n_k), dtype=torch.bool, device=device)
     free = (labels < 0).unsqueeze(2)
-    visible = near[:, None] | (far[:, None] & (free | is_open))
-    columns = make_columns(call, config, index)
+    return near[:, None] | (far[:, None] & (free | is_open)), opened
+
+
+def _columns_seen(
+    call: Call, config: HyperConfig, index: ChunkIndex, columns: Columns, opened: Tensor
+) -> Tensor:
+    """(B, H, N_q, columns) bool: columns of far chunks whose cluster is not open."""
+    device = call.query.device
+    batch, heads, n_q, _ = call.query.shape
+    groups = heads // max(call.key.shape[1], 1)
     per_chunk = columns.key.shape[2] // max(1, index.counts.shape[2] // config.clusters_per_chunk)
     chunk = torch.arange(columns.key.shape[2], device=device) // max(per_chunk, 1)
     full = full_chunks(call, config)[:, None]
@@ -69,7 +86,7 @@ def chunks_reference(
         seen = seen[:, None] & ~taken
     else:
         seen = seen[:, None].expand(batch, heads, -1, -1)
-    return _attend(call, visible, columns, seen)
+    return seen
 
 
 def recursion_reference(
