@@ -62,7 +62,7 @@ class HyperConfig:
     """
 
     structure: str = "chunks"
-    index: str = "kmeans"
+    index: str = "pca"
     center_keys: bool = True
     residual: str = "centroid"
     num_samples: int = 32

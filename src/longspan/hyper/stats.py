@@ -13,7 +13,7 @@ from .._validation import Call, validate
 from ..errors import UnsupportedError
 from .config import HyperConfig
 from .fallback import error_of_heads
-from .impl.common import chunk_index, choose, without_padding
+from .impl.common import choose, chunk_index, without_padding
 from .impl.recursion import geometry_of, recursion_index
 from .impl.reference import chunks_visible
 from .index.lsh import draw_projections
@@ -27,11 +27,10 @@ _ROWS = 64
 class HyperStats(NamedTuple):
     """Per batch entry and head, (B, H) float32.
 
-    alpha: N_q max_j sum_i P_ij**2, P the softmax matrix; 1 if it is flat over all keys, N_q if all
-        queries look at one key (attention sinks make it large).
-    kappa: largest over smallest row sum of (1 - M) . exp(scores), the unvisited part, over the
-        rows that have one, each divided by its number of unvisited keys and by exp(row maximum),
-        which the paper's bounded entries stand for; 1 if nothing is unvisited.
+    alpha: N_q max_j sum_i P_ij**2, P the softmax matrix; 1 if it is flat over N_q keys, N_q**2 if
+        all queries look at one key (attention sinks make it large).
+    kappa: largest over smallest row sum of (1 - M) . exp(scores), the part that is not visited,
+        over the rows that have one; 1 if nothing is left out.
     captured_mass: mean over rows of the softmax mass on the keys that are visited exactly, 0 .. 1.
     error: mean of |output - exact| / |exact| over evenly spaced rows.
     """
@@ -93,7 +92,7 @@ def hardness(
         groups = heads // max(call.key.shape[1], 1)
         keys = without_padding(call)[0].float().repeat_interleave(groups, 1)
         squares = keys.new_zeros((batch, heads, call.key.shape[2]))
-        largest = keys.new_zeros((batch, heads))
+        largest = keys.new_full((batch, heads), float("-inf"))
         smallest = keys.new_full((batch, heads), float("inf"))
         mass = keys.new_zeros((batch, heads))
         rows = 0
@@ -108,14 +107,12 @@ def hardness(
             squares += p.square().sum(2)
             mass += (p * visited).sum((2, 3))
             rest = allowed & ~visited
-            count = rest.sum(-1)
-            mean = (weights * rest).sum(-1) / count.clamp(min=1)
-            largest = torch.maximum(largest, mean.masked_fill(count == 0, 0.0).amax(-1))
-            smallest = torch.minimum(
-                smallest, mean.masked_fill(count == 0, float("inf")).amin(-1)
-            )
+            left = scores.masked_fill(~rest, float("-inf")).logsumexp(-1)
+            largest = torch.maximum(largest, left.amax(-1))
+            none = left == float("-inf")
+            smallest = torch.minimum(smallest, left.masked_fill(none, float("inf")).amin(-1))
             rows += int(allowed.any(-1).float().mean((0, 1)).sum())
-        kappa = torch.where(torch.isinf(smallest), 1.0, largest / smallest)
+        kappa = torch.where(torch.isinf(smallest), 1.0, torch.exp(largest - smallest))
         output = run_call("hardness", call, config, None, seed, "auto", index).output
         return HyperStats(n_q * squares.amax(-1), kappa, mass / max(rows, 1),
                           error_of_heads(call, output))  # fmt: skip

@@ -12,9 +12,9 @@ from ..index.chunks import build_chunk_index, member_matrix
 from ..plan import ChunkIndex, Columns
 
 __all__ = [
-    "chunk_index",
     "choice_scores",
     "choose",
+    "chunk_index",
     "columns_backward",
     "full_chunks",
     "make_columns",

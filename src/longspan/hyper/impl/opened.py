@@ -155,7 +155,10 @@ def opened_backward(
     dq = (ds @ pieces.keys[tiles.piece]).view(-1, q.shape[-1])
     dq = F.embedding_bag(tiles.slot, dq, tiles.row_ends, mode="sum", include_last_offset=True)
     every = torch.arange(tiles.piece.numel(), device=q.device)
-    for total, part in ((d_values, p.transpose(1, 2) @ do), (d_keys, ds.transpose(1, 2) @ flat[at])):
+    for total, part in (
+        (d_values, p.transpose(1, 2) @ do),
+        (d_keys, ds.transpose(1, 2) @ flat[at]),
+    ):
         summed = F.embedding_bag(every, part.flatten(1), tiles.piece_ends, mode="sum",
                                  include_last_offset=True)  # fmt: skip
         total += summed.view_as(total)

@@ -68,9 +68,7 @@ class _Tile(NamedTuple):
     k_pad: int
 
 
-def recursion_forward(
-    call: Call, config: HyperConfig, index: SortedIndex
-) -> tuple[Tensor, Tensor]:
+def recursion_forward(call: Call, config: HyperConfig, index: SortedIndex) -> tuple[Tensor, Tensor]:
     """Output (B, H, N_q, D_v) in the dtype of query, lse (B, H, N_q), without key_lengths."""
     wide = wide_dtype(call)
     q, k, v = _flat(call)

@@ -12,7 +12,7 @@ from .kmeans import assign, train_centroids
 from .lsh import gray_rank, sign_codes
 from .samples import draw_uniforms, sample_ranks
 
-__all__ = ["build_sorted_index", "bucket_labels"]
+__all__ = ["bucket_labels", "build_sorted_index"]
 
 _TRAINING_ROWS = 8192
 
@@ -28,8 +28,11 @@ def build_sorted_index(
 ) -> SortedIndex:
     """Orders of all nodes; labels are computed once and sorted stably inside of each node."""
     device = query.device
-    of_query, of_key = bucket_labels(query, key, config, projections)
     nodes = geometry.nodes
+    if nodes:
+        of_query, of_key = bucket_labels(query, key, config, projections)
+    else:
+        of_query, of_key = query[..., 0].long(), key[..., 0].long()  # there is nothing to sort
 
     def orders(labels: Tensor, spans: list[tuple[int, int]]) -> Tensor:
         parts = [labels[:, :, a:b].argsort(dim=-1, stable=True) + a for a, b in spans]
