@@ -101,7 +101,7 @@ def _layers(model, tokenizer, ids, texts, names, args):
 
 
 def _mass(model, tokenizer, ids, texts, names, args):
-    """Captured mass per layer and head: what is visited exactly, by index, before and after RoPE."""
+    """Captured mass per layer and head, by index, before and after RoPE."""
     captured = _capture(model, ids[:1])
     base = HyperConfig(index="pca", residual="centroid")
     kinds: dict[str, tuple[HyperConfig, bool]] = {

@@ -92,7 +92,7 @@ def test_any_plan_can_be_attended_with(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_zero_queries_count_the_visible_keys(name, dtype):
-    """lse = log(visible keys): nothing is counted twice, nothing left out, padding has no weight."""
+    """lse = log(visible keys): nothing counts twice, nothing is left out."""
     config = ALL[name]
     if config.residual == "none":
         pytest.skip("drops keys on purpose")

@@ -122,7 +122,7 @@ def _visited(
     call: Call, config: HyperConfig, planes: Tensor | None, seed: int, index: ChunkIndex | None
 ) -> Iterator[tuple[Call, Tensor]]:
     """Runs of rows, and which keys they visit exactly: (B, H, rows, N_k) bool."""
-    n_q, n_k = call.query.shape[2], call.key.shape[2]
+    n_q = call.query.shape[2]
     runs = [slice(start, min(start + _ROWS, n_q)) for start in range(0, n_q, _ROWS)]
 
     def rows_of(rows: slice) -> Call:

@@ -123,7 +123,7 @@ def make_columns(call: Call, config: HyperConfig, index: ChunkIndex) -> Columns:
     """The columns of the residual, in the dtype that is computed in; differentiable."""
     wide = wide_dtype(call)
     key, value = without_padding(call)
-    batch, kv_heads, _, dim = key.shape
+    batch, kv_heads = key.shape[:2]
     clusters = index.counts.shape[2]
     device = key.device
     if config.residual == "centroid":

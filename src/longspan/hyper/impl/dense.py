@@ -27,7 +27,7 @@ class Side(NamedTuple):
     key: Tensor  # (E, N_k, D)
     value: Tensor  # (E, N_k, D_v)
     columns: Columns  # (E, C * R, ...)
-    index: ChunkIndex
+    lookup: ChunkIndex
     config: HyperConfig
     is_causal: bool
     scale: float
@@ -158,7 +158,7 @@ def _column_spans(side: Side, block: Block) -> list[slice]:
 
 
 def _per_chunk(side: Side) -> int:
-    chunks = side.index.counts.shape[2] // side.config.clusters_per_chunk
+    chunks = side.lookup.counts.shape[2] // side.config.clusters_per_chunk
     return side.columns.key.shape[1] // max(chunks, 1)
 
 
@@ -170,7 +170,7 @@ def _extra(side: Side, block: Block) -> Tensor | None:
     sinks = min(side.config.num_sinks, block.num_keys) if block.before else 0
     count = side.key.shape[0]
     parts = [torch.arange(sinks, device=side.key.device).expand(count, -1)]
-    globals_ = side.index.globals.flatten(0, 1)
+    globals_ = side.lookup.globals.flatten(0, 1)
     if globals_.shape[-1]:
         parts.append(globals_[:, : block.before].flatten(1).long())
         parts.append(globals_[:, block.after : block.full].flatten(1).long())
@@ -234,7 +234,7 @@ def _choose(q: Tensor, side: Side, block: Block, part: Tensor) -> Tensor:
     """As `common.choose`, from the scores of the block's columns where they are those of means."""
     config, per_chunk = side.config, side.config.clusters_per_chunk
     count, group, height, _ = q.shape
-    clusters = side.index.counts.shape[2]
+    clusters = side.lookup.counts.shape[2]
     probes = min(config.num_probes, clusters)
     chosen = torch.full((count, group, height, probes), -1, dtype=torch.int32, device=q.device)
     num_far = (block.before + block.full - block.after) * per_chunk
@@ -245,7 +245,7 @@ def _choose(q: Tensor, side: Side, block: Block, part: Tensor) -> Tensor:
     if block.after < block.full:
         spans.append(slice(block.after * per_chunk, block.full * per_chunk))
     if config.residual != "centroid" or config.probe_spread:
-        index = side.index
+        index = side.lookup
         mean, variance, counts = (
             _cut(t.flatten(0, 1), spans) for t in (index.mean_key, index.variance, index.counts)
         )
@@ -275,7 +275,7 @@ def _hide_opened(
         padded.scatter_(3, torch.where(chosen < 0, width, picks), True)
         part.masked_fill_(padded[..., :width], float("-inf"))
         return
-    clusters = side.index.counts.shape[2]
+    clusters = side.lookup.counts.shape[2]
     opened = torch.zeros((*part.shape[:-1], clusters + 1), dtype=torch.bool, device=part.device)
     opened.scatter_(3, torch.where(chosen < 0, clusters, picks), True)
     owner = _cut(side.columns.owner, spans).long()[:, None, None].expand(part.shape)

@@ -200,8 +200,8 @@ def _of_heads(side: Side, some: slice) -> Side:
     if some.start == 0 and some.stop == side.key.shape[0]:
         return side
     columns = Columns(*(None if t is None else t[some] for t in side.columns))  # type: ignore[arg-type]
-    index = ChunkIndex(*(tensor[:, some] for tensor in side.index))
-    return side._replace(key=side.key[some], value=side.value[some], columns=columns, index=index)
+    index = ChunkIndex(*(tensor[:, some] for tensor in side.lookup))
+    return side._replace(key=side.key[some], value=side.value[some], columns=columns, lookup=index)
 
 
 def _grouped(tensor: Tensor, call: Call) -> Tensor:

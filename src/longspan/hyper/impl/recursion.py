@@ -63,7 +63,7 @@ class _Tile(NamedTuple):
     rows: Tensor  # (E, G, n) int64: query rows
     keys: Tensor  # (E, m) int64: key positions
     first: int  # number of the first block
-    count: int  # blocks; the last may be short
+    blocks: int  # the last may be short
     q_pad: int  # rows missing in the last block
     k_pad: int
 
@@ -100,7 +100,7 @@ def recursion_forward(call: Call, config: HyperConfig, index: SortedIndex) -> tu
             if fast and not tile.q_pad and not tile.k_pad and columns.variance is None:
                 _fast_tile(output, lse, q, k, v, tile, node, columns)
                 continue
-            qs, ks, vs, scores = _tile_scores(q, k, v, tile, node, columns, config)
+            _, ks, vs, scores = _tile_scores(q, k, v, tile, node, columns, config)
             width = ks.shape[2]
             top = scores.amax(-1, keepdim=True)
             top = top.masked_fill(top == float("-inf"), 0.0)
@@ -126,19 +126,19 @@ def _fast_tile(
     groups, group, _ = tile.rows.shape
     qs = q.gather(2, tile.rows.unsqueeze(-1).expand(-1, -1, -1, q.shape[-1]))
     ks, vs = (_keys_of(tensor, tile, node).flatten(0, 1) for tensor in (k, v))
-    blocks = qs.view(groups, group, tile.count, node.q_block, -1).transpose(1, 2)
+    blocks = qs.view(groups, group, tile.blocks, node.q_block, -1).transpose(1, 2)
     part, part_lse = attend(blocks.flatten(0, 1), ks, vs)
-    shape = (groups, tile.count, group, node.q_block)
+    shape = (groups, tile.blocks, group, node.q_block)
     _join_rows(output, lse, tile, part.reshape(*shape, -1), part_lse.reshape(shape))
     if columns.key.shape[1] == 0:
         return
-    names = torch.arange(tile.first, tile.first + tile.count, device=q.device)
+    names = torch.arange(tile.first, tile.first + tile.blocks, device=q.device)
     own = columns.owner.unsqueeze(1) == names.unsqueeze(-1)  # (E, blocks, R)
     bias = columns.bias.unsqueeze(1).masked_fill(own, float("-inf"))
     bias = bias.repeat_interleave(node.q_block, 1)  # (E, count, R)
     part, part_lse = attend(qs, columns.key, columns.value, bias=bias)
     _join_rows(output, lse, tile, part.view(groups, group, *shape[1:2], node.q_block, -1)
-               .transpose(1, 2), part_lse.view(groups, group, tile.count, node.q_block)
+               .transpose(1, 2), part_lse.view(groups, group, tile.blocks, node.q_block)
                .transpose(1, 2))  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def _rows_of(tensor: Tensor, tile: _Tile, node: Node, fill: float) -> Tensor:
     if tile.q_pad:
         pad = rows.new_full((*rows.shape[:2], tile.q_pad, *extra), fill)
         rows = torch.cat((rows, pad), 2)
-    return rows.view(*rows.shape[:2], tile.count, node.q_block, *extra).transpose(1, 2)
+    return rows.view(*rows.shape[:2], tile.blocks, node.q_block, *extra).transpose(1, 2)
 
 
 def _tile_scores(
@@ -305,7 +305,7 @@ def _tile_scores(
     if columns.variance is not None:
         far += 0.5 * (flat.square() @ columns.variance.transpose(1, 2))
     far = far.view(*qs.shape[:-1], -1) + columns.bias[:, None, None, None]
-    blocks = torch.arange(tile.first, tile.first + tile.count, device=q.device)
+    blocks = torch.arange(tile.first, tile.first + tile.blocks, device=q.device)
     own = columns.owner[:, None] == blocks[:, None]  # (E, blocks, R)
     far = far.masked_fill_(own[:, :, None, None], float("-inf"))
     return qs, ks, vs, torch.cat((near, far), -1)
@@ -315,7 +315,7 @@ def _keys_of(tensor: Tensor, tile: _Tile, node: Node) -> Tensor:
     rows = tensor.gather(1, tile.keys.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
     if tile.k_pad:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, tile.k_pad))
-    return rows.view(rows.shape[0], tile.count, node.k_block, -1)
+    return rows.view(rows.shape[0], tile.blocks, node.k_block, -1)
 
 
 def _join_rows(output: Tensor, lse: Tensor, tile: _Tile, part: Tensor, part_lse: Tensor) -> None:
@@ -355,7 +355,7 @@ def _node_columns(
 
         def mean(tensor: Tensor) -> Tensor:
             rows = tensor.gather(1, order.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
-            return torch.stack([part.mean(1) for part in rows.split(member, 1)], 1)
+            return torch.stack([part.mean(1) for part in torch.split(rows, member, 1)], 1)
 
         mean_key = mean(k)
         variance = None

@@ -103,8 +103,8 @@ def recursion_reference(
     visible = torch.zeros((batch, heads, n_q, n_k), dtype=torch.bool, device=device)
     allowed = causal_visible(call)
     for leaf in geometry.leaves:
-        inside = (slice(leaf.q_start, leaf.q_end), slice(leaf.k_start, leaf.k_end))
-        visible[:, :, *inside] = allowed[:, :, *inside]
+        area = (slice(leaf.q_start, leaf.q_end), slice(leaf.k_start, leaf.k_end))
+        visible[:, :, *area] = allowed[:, :, *area]
     parts: list[Columns] = []
     seen: list[Tensor] = []
     rows = torch.arange(n_q, device=device)
@@ -153,7 +153,7 @@ def _node_columns(
         return tensor.gather(2, at.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))
 
     if config.residual == "centroid":
-        keys, values = gather(key, of_key).split(block, 2), gather(value, of_key).split(block, 2)
+        keys, values = (torch.split(gather(t, of_key), block, 2) for t in (key, value))
         mean = torch.stack([part.mean(2) for part in keys], 2)
         counts = torch.tensor([part.shape[2] for part in keys], device=key.device, dtype=wide)
         owner = torch.arange(len(keys), dtype=torch.int32, device=key.device)
