@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .exact.config import ExactConfig
     from .hyper.api import hyper_attention, hyper_attention_varlen, hyper_attention_with_lse
     from .hyper.config import HyperConfig
+    from .hyper.state import HyperState, hyper_attention_chunk
     from .sdpa import patched_sdpa
     from .stick_breaking.api import (
         StickBreakingOutput,
@@ -67,6 +68,8 @@ _LAZY = {
     "hyper_attention_varlen": "hyper.api",
     "hyper_attention_with_lse": "hyper.api",
     "HyperConfig": "hyper.config",
+    "HyperState": "hyper.state",
+    "hyper_attention_chunk": "hyper.state",
     "patched_sdpa": "sdpa",
     "StickBreakingChunk": "stick_breaking.state",
     "StickBreakingConfig": "stick_breaking.config",
@@ -94,6 +97,7 @@ __all__ = [
     "ExactConfig",
     "Explanation",
     "HyperConfig",
+    "HyperState",
     "Impl",
     "LongspanError",
     "LongspanWarning",
@@ -115,6 +119,7 @@ __all__ = [
     "exact_attention_with_lse",
     "explain",
     "hyper_attention",
+    "hyper_attention_chunk",
     "hyper_attention_varlen",
     "hyper_attention_with_lse",
     "merge",

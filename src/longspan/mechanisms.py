@@ -112,6 +112,7 @@ _TABLE = (
         paper="arXiv:2310.05869",
         package="hyper",
         config_name="HyperConfig",
+        state_name="HyperState",
     ),
     Mechanism(
         name="stick_breaking",

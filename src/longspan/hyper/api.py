@@ -14,8 +14,10 @@ from ..errors import ShapeError
 from ..types import AttentionOutput, Impl, ImplReport
 from .config import HyperConfig
 from .impl.common import choose
+from .impl.decode import MOST_QUERIES, decode_forward
 from .impl.recursion import entries_of, geometry_of, recursion_index
 from .impl.reference import chunks_reference, recursion_reference
+from .incremental import Finished
 from .index.lsh import draw_projections
 from .ops import hyper_fwd, hyper_index, settings_of
 from .plan import ChunkIndex
@@ -255,6 +257,25 @@ def run_call(
 
         result = exact_where_needed(call, config, result, config.max_error, chosen)
     return result
+
+
+def stream_call(
+    name: str,
+    call: Call,
+    config: HyperConfig,
+    seed: int,
+    impl: Impl | str,
+    finished: Finished,
+) -> Tensor:
+    """The output of a validated causal call whose full chunks are indexed already."""
+    chosen = choose_impl(name, impl, implementations(call, config))
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in call[:3])
+    few = call.query.shape[2] <= MOST_QUERIES
+    if chosen is Impl.EAGER and few and not needs_grad and call.query.numel():
+        with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+            return decode_forward(call, config, finished.lookup, finished.columns)[0]
+    planes = _planes(name, call, config, None, seed)
+    return _estimate(call, config, planes, seed, chosen, finished.lookup).output
 
 
 def estimate_exactly(call: Call, config: HyperConfig, chosen: Impl) -> AttentionOutput:
