@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
@@ -24,7 +24,8 @@ def make_cache(model: nn.Module) -> Cache:
     Returns:
         A transformers `Cache` for `generate(past_key_values=...)` or `model(past_key_values=...)`.
         Patched full-attention layers whose mechanism has a bounded state get a `BoundedLayer`,
-        those that index their keys an `IndexedLayer`, which keeps the index; the others what transformers would give them (`DynamicLayer`, sliding layers).
+        those that index their keys an `IndexedLayer`, which keeps the index; the others what
+        transformers would give them (`DynamicLayer`, sliding layers).
 
     Raises:
         PatchError: the model is not patched.
@@ -47,16 +48,16 @@ def make_cache(model: nn.Module) -> Cache:
     config = next(iter(routes.values()))[0].module.config
     layers = list(DynamicCache(config=config).layers)
     for attention, route in routes.values():
-        state = route.mechanism.state_class
+        state: Any = route.mechanism.state_class
         if route.reason is not None or attention.is_sliding or not hasattr(state, "kept_keys"):
             continue
         position = cast(int, attention.module.layer_idx)
         if hasattr(state, "index_cache"):
-            index = state.index_cache(route.config)  # type: ignore[union-attr]
+            index = state.index_cache(route.config)
             if index is not None:
                 layers[position] = IndexedLayer(index)
             continue
-        kept = state.kept_keys(route.config)  # type: ignore[union-attr]
+        kept = state.kept_keys(route.config)
         if kept is None:  # these settings need every key
             continue
         layers[position] = BoundedLayer(*kept)
