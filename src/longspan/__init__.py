@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     )
     from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
     from .exact.config import ExactConfig
+    from .hyper.api import hyper_attention, hyper_attention_varlen, hyper_attention_with_lse
+    from .hyper.config import HyperConfig
+    from .hyper.state import HyperState, hyper_attention_chunk
     from .sdpa import patched_sdpa
     from .stick_breaking.api import (
         StickBreakingOutput,
@@ -61,6 +64,12 @@ _LAZY = {
     "ExactConfig": "exact.config",
     "Explanation": "_explain",
     "explain": "_explain",
+    "hyper_attention": "hyper.api",
+    "hyper_attention_varlen": "hyper.api",
+    "hyper_attention_with_lse": "hyper.api",
+    "HyperConfig": "hyper.config",
+    "HyperState": "hyper.state",
+    "hyper_attention_chunk": "hyper.state",
     "patched_sdpa": "sdpa",
     "StickBreakingChunk": "stick_breaking.state",
     "StickBreakingConfig": "stick_breaking.config",
@@ -87,6 +96,8 @@ __all__ = [
     "ConfigError",
     "ExactConfig",
     "Explanation",
+    "HyperConfig",
+    "HyperState",
     "Impl",
     "LongspanError",
     "LongspanWarning",
@@ -107,6 +118,10 @@ __all__ = [
     "exact_attention_varlen",
     "exact_attention_with_lse",
     "explain",
+    "hyper_attention",
+    "hyper_attention_chunk",
+    "hyper_attention_varlen",
+    "hyper_attention_with_lse",
     "merge",
     "merge_stick_breaking",
     "patched_sdpa",
