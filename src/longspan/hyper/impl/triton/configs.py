@@ -11,10 +11,17 @@ import torch
 from ...._triton.launch import KernelConfig, interpreting
 
 __all__ = [
+    "DELTA_ROWS",
     "KINDS",
+    "SAMPLE_RUN",
+    "SUM_ROWS",
     "config_of",
     "shared_class",
 ]
+
+DELTA_ROWS = 64
+SAMPLE_RUN = 4096  # queries whose gradients to the samples one program sums up
+SUM_ROWS = 16  # samples that one program of the sum over runs adds up
 
 _LARGE = 200 * 1024
 

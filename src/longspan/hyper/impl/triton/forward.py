@@ -16,17 +16,17 @@ a row and level, and the leaf kernel starts its running softmax from them.
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import KernelConfig, interpreting, pick
+from ...._validation import Call
+from ...config import HyperConfig
+from ...plan import SortedIndex
 from .configs import config_of, shared_class
-from .plan import Plan, leaf_tiles, query_tiles
+from .plan import leaf_tiles, make_plan, query_tiles
 from .tiles import (
     LN2,
     LOG2E,
@@ -34,34 +34,22 @@ from .tiles import (
     column_tile,
     gather_rows,
     grid_of,
+    kernel_input,
     load_rows,
     scatter_rows,
     upcasts,
 )
 
-__all__ = ["Index", "forward_parts", "log2_weights"]
+__all__ = ["triton_forward"]
 
 
-class Index(NamedTuple):
-    """Sorted orders and samples of a call; all int32 and contiguous.
-
-    order: (B, H, q_rows), rows of query in sorted order, node after node.
-    columns: (B, H_kv, k_rows + nodes * samples), rows of key in sorted order, then the samples.
-    positions: (B, H_kv, nodes * samples), where each sample lies among the k_rows sorted keys.
-    """
-
-    order: Tensor
-    columns: Tensor
-    positions: Tensor
-
-
-@triton.jit(do_not_specialize=["tiles", "q_rows", "k_rows", "columns_all", "sampled_all"])
+@triton.jit(do_not_specialize=["tiles", "q_rows", "k_rows", "sampled"])
 def _hyper_node_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, order_ptr, columns_ptr, positions_ptr, tiles_ptr,
-    weights_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, q_order_ptr, k_order_ptr, samples_ptr, bias_ptr, owner_ptr,
+    tiles_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on, stride_lb, stride_lh,
-    scale, heads, tiles, q_rows, k_rows, columns_all, sampled_all,
+    scale, heads, tiles, q_rows, k_rows, sampled,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -76,23 +64,24 @@ def _hyper_node_fwd_kernel(
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     o_ptr += b * stride_ob + h * stride_oh
     lse_ptr += b * stride_lb + h * stride_lh
-    order_ptr += bh.to(tl.int64) * q_rows
-    columns_ptr += kv * columns_all
-    positions_ptr += kv * sampled_all
+    q_order_ptr += bh.to(tl.int64) * q_rows
+    k_order_ptr += kv * k_rows
+    samples_ptr += kv * sampled
+    bias_ptr += kv * sampled
+    owner_ptr += kv * sampled
 
-    tiles_ptr += entry * 6
+    tiles_ptr += entry * 7
     node = tl.load(tiles_ptr)
     q_begin, q_end = tl.load(tiles_ptr + 1), tl.load(tiles_ptr + 2)
     k_begin, k_end = tl.load(tiles_ptr + 3), tl.load(tiles_ptr + 4)
-    shift = tl.load(tiles_ptr + 5)
-    log2_weight = tl.load(weights_ptr + node)
+    shift, block = tl.load(tiles_ptr + 5), tl.load(tiles_ptr + 6)
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     is_query = q_begin + offs_m < q_end
-    rows = tl.load(order_ptr + q_begin + offs_m, mask=is_query, other=0)
+    rows = tl.load(q_order_ptr + q_begin + offs_m, mask=is_query, other=0)
     # [BLOCK_M, BLOCK_D]
     q = gather_rows(q_ptr, stride_qn, rows, is_query, offs_d, DIM, BLOCK_D, UPCAST)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -103,8 +92,8 @@ def _hyper_node_fwd_kernel(
     block_tiles = tl.cdiv(k_end - k_begin, BLOCK_N)
     for t in range(0, block_tiles + (SAMPLES + BLOCK_N - 1) // BLOCK_N):
         keys, exists, bias = column_tile(
-            columns_ptr, positions_ptr, t, block_tiles, k_begin, k_end, node * SAMPLES, SAMPLES,
-            k_rows, log2_weight, offs_n, BLOCK_N)  # fmt: skip
+            k_order_ptr, samples_ptr, bias_ptr, owner_ptr, t, block_tiles, k_begin, k_end,
+            node * SAMPLES, block, offs_n, SAMPLES, BLOCK_N)  # fmt: skip
         k = gather_rows(k_ptr, stride_kn, keys, exists, offs_d, DIM, BLOCK_D, UPCAST)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
         m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -229,40 +218,42 @@ def _hyper_leaf_fwd_kernel(
     tl.store(lse_ptr + start_m + offs_m, lse, mask=mask_m)
 
 
-def forward_parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Index,
-    weights: Tensor,
-    plan: Plan,
-    scale: float,
-    output: Tensor,
-    lse: Tensor,
+def triton_forward(
+    call: Call,
+    config: HyperConfig,
+    index: SortedIndex,
     node_kernel: KernelConfig | None = None,
     leaf_kernel: KernelConfig | None = None,
-) -> None:
-    """Fill output (B, H, N_q, D_v) and lse (B, H, N_q); inputs as `kernel_input` leaves them."""
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N_q, D_v) and lse (B, H, N_q), float32; the last arguments override tiles."""
+    query, key, value = (kernel_input(t) for t in call[:3])
     batch, heads, n_q, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[-1]
+    lse = query.new_empty((batch, heads, n_q), dtype=torch.float32)
+    output = query.new_empty((batch, heads, n_q, value_dim))
+    if query.numel() == 0 or key.shape[2] == 0:
+        return output.zero_()[..., : call.value.shape[-1]].contiguous(), lse.fill_(float("-inf"))
+    plan = make_plan(call, config)
     part_o, part_lse = output, lse
     if plan.leaves:
-        part_o = output.new_empty((batch, heads, plan.q_rows, value_dim))
-        part_lse = lse.new_empty((batch, heads, plan.q_rows))
+        rows = plan.query_bases[-1]
+        part_o = output.new_empty((batch, heads, rows, value_dim))
+        part_lse = lse.new_empty((batch, heads, rows))
     shared = shared_class(query.device)
     common = {
         "GROUP": heads // kv_heads, "DIM": dim, "VALUE_DIM": value_dim, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(value_dim), "UPCAST": upcasts(query.dtype, interpreting()),
     }  # fmt: skip
-    inputs = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     if plan.nodes:
         sizes = node_kernel or pick([config_of("node", dim, value_dim, query.dtype, shared)])
         tiles = query_tiles(plan, sizes.block_m, query.device)
+        samples = index.samples.shape[-1]
         _hyper_node_fwd_kernel[grid_of(len(tiles), batch, heads)](
-            query, key, value, part_o, part_lse, *index, tiles, weights,
-            *inputs, *part_o.stride()[:3], *part_lse.stride()[:2],
-            scale, heads, len(tiles), plan.q_rows, plan.k_rows,
-            index.columns.shape[-1], index.positions.shape[-1], SAMPLES=plan.samples,
+            query, key, value, part_o, part_lse, *index, tiles,
+            *strides, *part_o.stride()[:3], *part_lse.stride()[:2],
+            call.scale, heads, len(tiles), plan.query_bases[-1], plan.key_bases[-1],
+            len(plan.nodes) * samples, SAMPLES=samples,
             BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
             num_warps=sizes.num_warps, num_stages=sizes.num_stages, **common,
         )  # fmt: skip
@@ -271,16 +262,9 @@ def forward_parts(
         tiles = leaf_tiles(plan, sizes.block_m, False, query.device)
         _hyper_leaf_fwd_kernel[grid_of(len(tiles), batch, heads)](
             query, key, value, part_o, part_lse, output, lse, tiles,
-            *inputs, *output.stride()[:3], *lse.stride()[:2], *part_o.stride()[:3],
-            *part_lse.stride()[:2], scale, heads, len(tiles), tiles.shape[1], plan.query_offset,
-            BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
+            *strides, *output.stride()[:3], *lse.stride()[:2], *part_o.stride()[:3],
+            *part_lse.stride()[:2], call.scale, heads, len(tiles), tiles.shape[1],
+            plan.query_offset, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
             num_warps=sizes.num_warps, num_stages=sizes.num_stages, **common,
         )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=64)
-def log2_weights(plan: Plan, device: torch.device) -> Tensor:
-    """(nodes,) float32: log2 of the keys that one sampled column stands for."""
-    counts = [node.k_end - node.k_start for node in plan.nodes]
-    table = torch.tensor(counts, dtype=torch.float32) / max(plan.samples, 1)
-    return table.log2().to(device)
+    return output[..., : call.value.shape[-1]].contiguous(), lse

@@ -64,30 +64,27 @@ def scatter_rows(ptr, stride, rows, is_row, offs_d, tile, DIM: tl.constexpr):
 
 @triton.jit
 def column_tile(
-    columns_ptr, positions_ptr, t, block_tiles, k_begin, k_end, sample_start, samples, k_rows,
-    log2_weight, offs_n, BLOCK_N: tl.constexpr,
+    order_ptr, samples_ptr, bias_ptr, owner_ptr, t, block_tiles, k_begin, k_end, sample_start,
+    block, offs_n, SAMPLES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile number t of the columns that a block of queries meets.
 
     First the keys of its block (sorted keys k_begin .. k_end), then the sampled keys of its node
-    (sample_start .. sample_start + samples, behind the k_rows sorted keys). Returns the keys' rows,
-    which of them exist, and what is added to their logits in base 2: 0 for a key of the block, the
-    log of the weight for a sample, -inf for a sample that the block already holds.
+    (sample_start .. sample_start + SAMPLES). Returns the keys' rows, which of them exist, and what
+    is added to their logits in base 2: 0 for a key of the block, the log of the weight for a
+    sample, -inf for a sample that the block already holds.
     """
-    is_block = t < block_tiles
-    start = tl.where(
-        is_block, k_begin + t * BLOCK_N, k_rows + sample_start + (t - block_tiles) * BLOCK_N
-    )
-    end = tl.where(is_block, k_end, k_rows + sample_start + samples)
-    exists = start + offs_n < end
-    rows = tl.load(columns_ptr + start + offs_n, mask=exists, other=0)
-    # Sorted position of a sample; -1, in no block, for keys of the block.
-    is_sample = exists & (start >= k_rows)
-    at = tl.load(positions_ptr + (start - k_rows) + offs_n, mask=is_sample, other=-1)
-    held = (at >= k_begin) & (at < k_end)
-    bias = tl.where(is_block, 0.0, log2_weight)
-    bias = tl.where(exists & (held == 0), bias, float("-inf"))
-    return rows, exists, bias
+    in_block = (t < block_tiles) & (k_begin + t * BLOCK_N + offs_n < k_end)
+    rows = tl.load(order_ptr + k_begin + t * BLOCK_N + offs_n, mask=in_block, other=0)
+    if SAMPLES == 0:
+        return rows, in_block, tl.where(in_block, 0.0, float("-inf"))
+    i = (t - block_tiles) * BLOCK_N + offs_n
+    is_sample = (i >= 0) & (i < SAMPLES)
+    rows += tl.load(samples_ptr + sample_start + i, mask=is_sample, other=0)
+    bias = tl.load(bias_ptr + sample_start + i, mask=is_sample, other=0.0) * LOG2E
+    owner = tl.load(owner_ptr + sample_start + i, mask=is_sample, other=-1)
+    exists = in_block | is_sample
+    return rows, exists, tl.where(exists & (owner != block), bias, float("-inf"))
 
 
 def kernel_input(tensor: Tensor) -> Tensor:
