@@ -14,12 +14,15 @@ __all__ = [
     "DELTA_ROWS",
     "KINDS",
     "SAMPLE_RUN",
+    "SEGMENT",
     "SUM_ROWS",
     "config_of",
+    "hash_config",
     "shared_class",
 ]
 
 DELTA_ROWS = 64
+SEGMENT = 512  # rows that one program hashes and sorts
 SAMPLE_RUN = 4096  # queries whose gradients to the samples one program sums up
 SUM_ROWS = 16  # samples that one program of the sum over runs adds up
 
@@ -31,28 +34,28 @@ _HOPPER = {
     "node": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     "leaf": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     "node_query": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 16, 8, 2)},
-    "leaf_query": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 16, 8, 2)},
+    "leaf_query": {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
     "node_key": {64: (64, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
-    "leaf_key": {64: (64, 64, 4, 3), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
+    "leaf_key": {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
     "sample_key": {64: (64, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
 }
 # Ampere: chosen by registers and shared memory, see resources.json.
 _AMPERE = {
     "node": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
     "leaf": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-    "node_query": {64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
-    "leaf_query": {64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
+    "node_query": {64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
+    "leaf_query": {64: (64, 64, 8, 2), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
     "node_key": {64: (32, 64, 4, 2), 128: (32, 64, 4, 1), 256: (32, 32, 8, 1)},
-    "leaf_key": {64: (32, 64, 4, 2), 128: (32, 64, 4, 1), 256: (32, 32, 8, 2)},
+    "leaf_key": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 2)},
     "sample_key": {64: (32, 64, 4, 2), 128: (32, 64, 4, 1), 256: (32, 32, 8, 1)},
 }
 # float32 runs on the ordinary arithmetic units: small tiles, or the registers spill. Beyond 128
 # columns every tile spills.
 _SINGLE = {
     "node": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1)},
-    "leaf": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1)},
+    "leaf": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
     "node_query": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
-    "leaf_query": {64: (32, 32, 4, 1), 128: (16, 16, 8, 1)},
+    "leaf_query": {64: (32, 16, 8, 1), 128: (16, 16, 8, 1)},
     "node_key": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
     "leaf_key": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
     "sample_key": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
@@ -78,3 +81,9 @@ def config_of(
     if dtype is torch.float32:
         return KernelConfig(*_SINGLE[kind][width])
     return KernelConfig(*(_HOPPER if shared == "large" else _AMPERE)[kind][width])
+
+
+def hash_config(dim: int, dtype: torch.dtype) -> KernelConfig:
+    """Hash kernel: rows at a time, rows of a segment."""
+    small = dim <= 128 and dtype is not torch.float32
+    return KernelConfig(32, SEGMENT, 4, 2) if small else KernelConfig(32, SEGMENT, 8, 1)

@@ -22,19 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import KernelConfig, interpreting, pick
+from ...._triton.launch import interpreting, pick
 from ...._validation import Call
 from ...config import HyperConfig
 from ...plan import SortedIndex
 from ..recursion import recursion_index
+from .configs import hash_config
 from .plan import Plan, make_plan, node_sizes, segments
 from .tiles import block_dim, grid_of, kernel_input, load_rows, upcasts
 
 __all__ = ["triton_index"]
 
 MOST_PROJECTIONS = 8  # beyond it the table of a segment's buckets does not fit the registers
-SEGMENT = 512
-HASH_ROWS = 64
 SCAN_SEGMENTS = 32
 PLANES = 16  # columns of the projection: the least that the matrix units take
 
@@ -70,6 +69,12 @@ def _hyper_hash_kernel(
         planes_ptr + offs_d[:, None] * 16 + offs_p[None, :],
         mask=(offs_d < DIM)[:, None], other=0.0,
     )  # fmt: skip
+    # Three parts in half precision hold the 24 bits of float32: their products are exact.
+    if x_ptr.dtype.element_ty != tl.float32:
+        high = planes.to(x_ptr.dtype.element_ty)
+        rest = planes - high.to(tl.float32)
+        middle = rest.to(x_ptr.dtype.element_ty)
+        low = (rest - middle.to(tl.float32)).to(x_ptr.dtype.element_ty)
     least = tl.zeros([16], tl.float32)
     if HAS_SHIFT:
         least = tl.load(shift_ptr + bh * 16 + offs_p)
@@ -78,7 +83,12 @@ def _hyper_hash_kernel(
     for start in range(0, SEGMENT, ROWS):
         x = load_rows(x_ptr, stride_xn, begin + start, end, offs_n, offs_d, DIM, BLOCK_D, True,
                       UPCAST)  # fmt: skip
-        projected = tl.dot(x.to(tl.float32), planes, input_precision="tf32x3")
+        if x.dtype == tl.float32:
+            projected = tl.dot(x, planes, input_precision="tf32x3")
+        else:
+            projected = tl.dot(x, low)
+            projected = tl.dot(x, middle, projected)
+            projected = tl.dot(x, high, projected)
         signs = (projected > least[None, :]) & (offs_p < PLANES)[None, :]
         # Plane 0 is the lowest bit of the Gray code; its position is the running xor from the top.
         code = tl.sum(tl.where(signs, 1 << offs_p[None, :], 0), 1)
@@ -227,7 +237,7 @@ def _sorted(
 ) -> Tensor:
     """(B, H, rows) int32: rows of every node by bucket, then by position."""
     batch, heads, length, dim = x.shape
-    sizes = pick([KernelConfig(HASH_ROWS, SEGMENT, 4, 2)])
+    sizes = pick([hash_config(dim, x.dtype)])
     rows, size = sizes.block_m, 2 * sizes.block_n if interpreting() else sizes.block_n
     cut = segments(plan, size, of_keys, x.device)
     bases = plan.key_bases if of_keys else plan.query_bases
