@@ -1,0 +1,166 @@
+"""The engine with its safety net: blocks of rows that float32 cannot hold move to float64, and
+what float64 cannot hold is evaluated weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .engine import Problem, block_size, run_backward, run_forward
+
+__all__ = ["SINGLE", "WEIGHT_BY_WEIGHT", "guarded_backward", "guarded_forward", "log_weights"]
+
+SINGLE, DOUBLE, WEIGHT_BY_WEIGHT = 0, 1, 2  # how a problem was evaluated
+_TOLERANCE = 3e-5  # estimated relative error of a denominator beyond which precision is raised
+_WORK_BYTES = {"cpu": 2**28, "cuda": 3 * 2**30}
+_DENSE_WEIGHTS = 2**23  # weights held at a time
+
+
+def guarded_forward(problem: Problem, block: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (R, N_q, D_v), lse (R, N_q) in the problem's dtype; path (R,) uint8.
+
+    One device synchronisation: which problems need more than float32.
+    """
+    size = block or block_size(max(problem.n_q, problem.value.shape[1]), problem.value.shape[2])
+    pieces = [run_forward(part, size) for part in _chunks(problem, size)]
+    output, lse, ratio = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    is_bad = ~(ratio <= _TOLERANCE)  # NaN is bad
+    path = torch.zeros(output.shape[0], dtype=torch.uint8, device=output.device)
+    rows = is_bad.any(1).nonzero().flatten()
+    if rows.numel() == 0:
+        return output, lse, path
+    path[rows] = DOUBLE
+    for row in rows.split(1):
+        wide = problem.take(row).to(torch.float64)
+        still_bad = is_bad[row[0]].nonzero().flatten()
+        if output.dtype is not torch.float64:
+            new_output, new_lse, ratio = run_forward(wide, size)
+            output[row], lse[row] = new_output.to(output.dtype), new_lse.to(lse.dtype)
+            still_bad = (~(ratio[0] <= _TOLERANCE)).nonzero().flatten()
+        for a in still_bad.tolist():
+            path[row] = WEIGHT_BY_WEIGHT
+            part = slice(a * size, min((a + 1) * size, problem.n_q))
+            for some in _row_slices(wide, part):
+                logs = log_weights(wide, some)
+                row_lse = torch.logsumexp(logs, -1)
+                weights = torch.exp(logs - _finite(row_lse).unsqueeze(-1))
+                output[row[0], some] = (weights @ wide.value)[0].to(output.dtype)
+                lse[row[0], some] = row_lse[0].to(lse.dtype)
+    return output, lse, path
+
+
+def guarded_backward(
+    problem: Problem,
+    path: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of log_kernel, key_offset (R, N_k) and value, each problem as in the forward."""
+    size = block or block_size(max(problem.n_q, problem.value.shape[1]), problem.value.shape[2])
+    count = problem.value.shape[0]
+    if count == 0:
+        return (torch.zeros_like(problem.log_kernel), problem.value[..., 0].clone(),
+                torch.zeros_like(problem.value))  # fmt: skip
+    tops = (output, lse, grad_output)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    step = _problems_at_once(problem, size, 3)
+    for start in range(0, count, step):
+        rows = torch.arange(start, min(start + step, count), device=path.device)
+        part_lse = None if grad_lse is None else grad_lse[rows]
+        args = [t[rows] for t in tops]
+        found.append(run_backward(problem.take(rows), size, *args, part_lse))
+    kernel, key, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+    for row in path.nonzero().flatten().split(1):
+        if row.numel() == 0:
+            break
+        wide = problem.take(row).to(torch.float64)
+        args = [t[row].double() for t in tops]
+        part_lse = None if grad_lse is None else grad_lse[row].double()
+        if int(path[row]) == DOUBLE:
+            new = run_backward(wide, size, *args, part_lse)
+        else:
+            new = _dense_backward(wide, *args, part_lse)
+        kernel[row], key[row], value[row] = (t.to(kernel.dtype) for t in new)
+    return kernel, key, value
+
+
+def log_weights(problem: Problem, rows: slice) -> Tensor:
+    """(R, rows, N_k): c_g(p - j) + beta_j, -inf where the kernel has no such lag."""
+    index, group, counts = _lag_index(problem, rows)
+    length = problem.log_kernel.shape[-1]
+    flat = problem.log_kernel.flatten(1)
+    place = group.unsqueeze(1) * length + index  # (R, rows, N_k)
+    logs = torch.gather(flat, 1, place.flatten(1)).view(place.shape)
+    logs = torch.where(counts, logs, float("-inf"))
+    return logs if problem.key_offset is None else logs + problem.key_offset.unsqueeze(1)
+
+
+def _lag_index(problem: Problem, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Entry of the kernel (rows, N_k), group of each key (R, N_k), whether the entry exists."""
+    device, n_k = problem.value.device, problem.value.shape[1]
+    length = problem.log_kernel.shape[-1]
+    keys = torch.arange(n_k, device=device)
+    lag = torch.arange(rows.start, rows.stop, device=device)[:, None] + problem.query_offset - keys
+    index = lag if problem.is_causal else lag + (length - 1) // 2
+    counts = (index >= 0) & (index < length)
+    starts = problem.starts.contiguous()
+    where = keys.expand(starts.shape[0], -1).contiguous()
+    group = (torch.searchsorted(starts, where, right=True) - 1).clamp(min=0)
+    return index.clamp(0, length - 1), group, counts
+
+
+def _dense_backward(
+    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_kernel = torch.zeros_like(problem.log_kernel)
+    grad_value = torch.zeros_like(problem.value)
+    grad_key = torch.zeros_like(problem.value[..., 0])
+    delta = (grad_output * output).sum(-1)
+    last = -delta if grad_lse is None else grad_lse - delta
+    for some in _row_slices(problem, slice(0, problem.n_q)):
+        index, group, counts = _lag_index(problem, some)
+        row_lse = lse[:, some].unsqueeze(-1)
+        weights = torch.exp(log_weights(problem, some) - _finite(row_lse))
+        grad_value += weights.mT @ grad_output[:, some]
+        change = weights * (grad_output[:, some] @ problem.value.mT + last[:, some].unsqueeze(-1))
+        grad_key += change.sum(1)
+        length = problem.log_kernel.shape[-1]
+        place = (group.unsqueeze(1) * length + index).flatten(1)
+        change = torch.where(counts, change, 0.0).flatten(1)
+        grad_kernel.view(grad_kernel.shape[0], -1).scatter_add_(1, place, change)
+    return grad_kernel, grad_key, grad_value
+
+
+def _finite(lse: Tensor) -> Tensor:
+    return torch.where(lse == float("-inf"), 0.0, lse)
+
+
+def _row_slices(problem: Problem, rows: slice) -> Iterator[slice]:
+    step = max(1, _DENSE_WEIGHTS // max(problem.value.shape[0] * problem.value.shape[1], 1))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
+def _chunks(problem: Problem, size: int) -> Iterator[Problem]:
+    count = problem.value.shape[0]
+    step = _problems_at_once(problem, size, 1)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield problem.take(torch.arange(start, stop, device=problem.value.device))
+
+
+def _problems_at_once(problem: Problem, size: int, passes: int) -> int:
+    """How many problems fit into the work memory together."""
+    n = max(problem.n_q, problem.value.shape[1])
+    blocks = -(-n // size)
+    groups = problem.log_kernel.shape[1]
+    runs = blocks + groups - 1
+    floats = 2 * size * (3 * runs * (problem.value.shape[2] + 1) + 4 * groups * blocks)
+    floats += 2 * size * 3 * blocks * runs
+    bytes_each = floats * problem.value.element_size() * passes
+    return max(1, _WORK_BYTES.get(problem.value.device.type, 2**28) // max(bytes_each, 1))
