@@ -23,6 +23,7 @@ __all__ = ["Problem", "block_size", "run_backward", "run_forward"]
 
 _NEG_INF = float("-inf")
 _PANELS = 4  # cuts of the rows, so that a causal product skips most of the upper triangle
+_NOISE = 0.25  # measured: errors are 5 to 20 times smaller than eps |kernel| |input|
 
 
 class Problem(NamedTuple):
@@ -35,7 +36,9 @@ class Problem(NamedTuple):
     n_q: int
     is_causal: bool
     query_offset: int
-    hidden: Tensor | None = None  # (R or 1, N_q) bool: rows that see no key; None: found by counting
+    hidden: Tensor | None = (
+        None  # (R or 1, N_q) bool: rows that see no key; None: found by counting
+    )
 
     def take(self, index: Tensor) -> Problem:
         """The problems `index` (int64)."""
@@ -101,7 +104,7 @@ def run_forward(problem: Problem, block: int) -> tuple[Tensor, Tensor, Tensor]:
             parts.append(torch.fft.irfft(mixed, n=2 * size, dim=1)[:, size:])  # (R, B, a, C)
         sums = torch.cat(parts, 2).transpose(1, 2)  # (R, A, B, C)
         den = sums[..., -1]
-        noise = (factor * _pair_norm(spectra)).sum(-1) * torch.finfo(den.dtype).eps  # (R, A)
+        noise = (factor * _pair_norm(spectra)).sum(-1) * (_NOISE * torch.finfo(den.dtype).eps)
         inside = torch.arange(a_count * size, device=den.device).view(a_count, size) < problem.n_q
         empty = _hidden(problem, spectra)
         smallest = torch.where(inside & ~empty, den, float("inf")).amin(-1)
@@ -230,9 +233,7 @@ def _mix(spectra: _Spectra, factor: Tensor, start: int, stop: int, runs: int) ->
     if rows == 1:
         taken = spectra.kernel_hat.index_select(2, index[0])
     else:
-        taken = torch.gather(
-            spectra.kernel_hat, 2, index.unsqueeze(1).expand(-1, frequencies, -1)
-        )
+        taken = torch.gather(spectra.kernel_hat, 2, index.unsqueeze(1).expand(-1, frequencies, -1))
     taken = taken.view(rows, frequencies, stop - start, runs)
     return taken.mul_(factor[:, None, start:stop, :runs])
 
