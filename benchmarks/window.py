@@ -36,19 +36,32 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 DEVICE = torch.device("cuda")
 _SLOW_BACKWARD = 65536  # exact attention beyond this length: forward only
 
-# (head dim) -> candidates; what runs by default is in longspan/window/impl/triton/configs.py.
-TUNE_FORWARD = {
-    64: [(128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 4, 2)],
-    128: [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2),
-          (128, 64, 4, 2)],
-}  # fmt: skip
-TUNE_QUERY = {
-    64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)],
-    128: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (128, 32, 8, 3)],
-}
-TUNE_KEY = {
-    64: [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (32, 128, 4, 3), (32, 128, 8, 3)],
-    128: [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)],
+# head dim -> candidates; what runs is pinned in longspan/window/impl/triton/configs.py.
+TUNE = {
+    "kernel": {
+        64: [
+            (64, 64, 4, 3),
+            (64, 64, 4, 3, 128),
+            (128, 64, 8, 3, 128),
+            (128, 64, 8, 2, 128),
+            (128, 128, 8, 3),
+        ],
+        128: [
+            (64, 64, 4, 3),
+            (128, 64, 8, 2, 128),
+            (128, 32, 8, 3, 128),
+            (128, 32, 8, 4, 128),
+            (128, 128, 8, 2),
+        ],
+    },
+    "query_kernel": {
+        64: [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 2), (64, 128, 4, 2)],
+        128: [(64, 64, 4, 2), (128, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 3)],
+    },
+    "key_kernel": {
+        64: [(64, 64, 4, 2), (64, 128, 8, 2), (32, 128, 4, 3), (32, 128, 8, 3)],
+        128: [(32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)],
+    },
 }
 
 
@@ -58,12 +71,13 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="JSON lines file to append to")
     parser.add_argument("--lengths", type=int, nargs="+",
                         default=[4096, 16384, 32768, 65536, 131072])  # fmt: skip
-    parser.add_argument("--tune", action="store_true", help="time the tile candidates, then stop")
+    told = f"time tile candidates of {', '.join(TUNE)} (default all), then stop"
+    parser.add_argument("--tune", nargs="*", choices=list(TUNE), metavar="KERNEL", help=told)
     options = parser.parse_args()
-    errors = check()
-    if options.tune:
-        tune(max(options.lengths))
+    if options.tune is not None:
+        tune(options.tune or list(TUNE), max(options.lengths))
         return
+    errors = check()
     ceilings = measure_ceilings()
     where = environment(DEVICE)
     for dim in (64, 128):
@@ -180,20 +194,17 @@ def show(rows: list[dict[str, Any]]) -> None:
               flush=True)  # fmt: skip
 
 
-Trial = tuple[int, str, tuple[int, int, int, int]]  # head dim, kernel, tile sizes
+Trial = tuple[int, str, tuple[int, ...]]  # head dim, kernel, tile sizes
 
 
-def trials() -> list[Trial]:
-    """Every candidate."""
-    listed = (("kernel", TUNE_FORWARD), ("query_kernel", TUNE_QUERY), ("key_kernel", TUNE_KEY))
-    return [(dim, name, sizes) for name, table in listed for dim in table for sizes in table[dim]]
-
-
-def tune(length: int) -> None:
+def tune(kernels: list[str], length: int) -> None:
     """Time the candidates of each kernel; the other backward kernels run by default."""
+    trials: list[Trial] = [
+        (dim, name, sizes) for name in kernels for dim in TUNE[name] for sizes in TUNE[name][dim]
+    ]
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        list(pool.map(warm, trials()))  # compiles in parallel, into Triton's cache on disk
-    for trial in trials():
+        list(pool.map(warm, trials))  # compiles in parallel, into Triton's cache on disk
+    for trial in trials:
         print("tune d={} {} {}:".format(*trial), run_trial(trial, length), flush=True)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .mechanisms import mechanism_of_config_class
+from .mechanisms import MECHANISMS, mechanism_of_config_class
 
 __all__ = ["attention"]
 
@@ -50,7 +51,15 @@ def attention(
     return function(query, key, value, attn_mask, dropout_p, is_causal, config=config, **settings)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _function_of(config_class: type) -> Callable[..., Any]:
-    """The function of the mechanism with this config class; compiled code cannot trace imports."""
-    return mechanism_of_config_class(config_class).function
+def _function_of(kind: type) -> Callable[..., Any]:
+    """The function of the mechanism with this config class.
+
+    Compiled code cannot trace an import; where the class is, its package has been imported.
+    """
+    if not torch.compiler.is_compiling():
+        return mechanism_of_config_class(kind).function
+    package = sys.modules[kind.__module__.rpartition(".")[0]]
+    for mechanism in MECHANISMS.values():
+        if mechanism.config_name == kind.__name__:
+            return getattr(package, f"{mechanism.name}_attention")  # type: ignore[no-any-return]
+    return mechanism_of_config_class(kind).function

@@ -28,6 +28,7 @@ class AotCase:
     constexprs: argument name -> value.
     aligned: arguments (pointers, strides) known to be divisible by 16.
     spill_allowance: bytes a thread may spill; more than 0 only with a measured reason beside it.
+    max_registers: cap on the registers of a thread, as launched.
     """
 
     name: str
@@ -38,6 +39,7 @@ class AotCase:
     num_stages: int
     aligned: tuple[str, ...] = field(default=())
     spill_allowance: int = 0
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,13 @@ def compile_case(case: AotCase, capability: int) -> Resources:
     constexprs = {(names.index(n),): value for n, value in case.constexprs.items()}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.max_registers is not None:
+        options["maxnreg"] = case.max_registers
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options=options,
     )
     registers, stack = _resource_usage(compiled.asm["cubin"])
     return Resources(

@@ -17,12 +17,18 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class KernelConfig(NamedTuple):
-    """One launch configuration: tile sizes and how many warps and pipeline stages work on it."""
+    """One launch configuration: tile sizes, warps, pipeline stages, a cap on registers a thread."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Launch options for Triton."""
+        chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return chosen if self.max_registers is None else {**chosen, "maxnreg": self.max_registers}
 
 
 def interpreting() -> bool:

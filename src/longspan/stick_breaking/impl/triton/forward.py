@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import interpreting, unit_last_stride
+from ...._triton.launch import capability, interpreting, unit_last_stride
 from .common import (
     KEY_TILE,
     Config,
@@ -263,8 +263,11 @@ class StickForward(NamedTuple):
     visited: Tensor
 
 
-def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
-    """Tile sizes, warps and stages for one problem; pinned where kernels are interpreted."""
+def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int, major: int = 9) -> Config:
+    """Tile sizes, warps and stages for one problem; pinned where kernels are interpreted.
+
+    major: of the compute capability. Before Hopper a cap on the registers makes them spill.
+    """
     if interpreting():
         return Config(32, 4, 1)
     wide = max(head_dim, value_dim)
@@ -274,7 +277,7 @@ def forward_config(dtype: torch.dtype, head_dim: int, value_dim: int) -> Config:
         return Config(128, 8, 2)
     if wide > 64:
         return Config(128, 8, 3)
-    return Config(64, 4, 3, 128)
+    return Config(64, 4, 3, 128 if major >= 9 else None)
 
 
 def block_dim(dim: int) -> int:
@@ -319,7 +322,9 @@ def stick_forward(
     packed = cu_seqlens_q is not None
     heads, kv_heads = q.shape[-2] if packed else q.shape[1], k.shape[-2] if packed else k.shape[1]
     head_dim, value_dim = q.shape[-1], v.shape[-1]
-    config = config or forward_config(q.dtype, head_dim, value_dim)
+    if config is None:
+        major = capability(q.device.index or 0)[0] if q.is_cuda else 9
+        config = forward_config(q.dtype, head_dim, value_dim, major)
     output = q.new_empty((*q.shape[:-1], value_dim))
     residual = torch.empty_like(output) if need_grad and q.dtype is not torch.float32 else None
     log_strides: tuple[int, ...]

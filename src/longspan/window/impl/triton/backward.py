@@ -2,7 +2,7 @@
 
 With p = exp(s - lse) and dp = dO v^T: ds = p (dp - delta), delta = rowsum(dO * O) - dlse. Four
 kernels: delta; dq (a program per tile of queries); the share of the sinks outside of the window in
-dk and dv (a program per run of SINK_ROWS queries, float32 partial sums); dk and dv (a program per
+dk and dv (a program per run of `sink_rows` queries, float32 partial sums); dk and dv (a program per
 tile of keys, which first adds up the partial sums of its sinks in a fixed order).
 """
 
@@ -16,12 +16,20 @@ from torch import Tensor
 from ...._triton.launch import KernelConfig, interpreting, pick
 from ...._validation import Call
 from ...config import WindowConfig
-from .configs import SINK_ROWS, SINK_TILE, key_config, query_config, shared_class, sink_config
+from .configs import (
+    SINK_TILE,
+    key_config,
+    query_config,
+    shared_class,
+    sink_config,
+    sink_rows,
+)
 from .tiles import (
     LOG2E,
     block_dim,
     grid_of,
     kernel_input,
+    kernel_settings,
     load_tile,
     masked_count,
     masked_tile,
@@ -82,11 +90,11 @@ def _add_query_gradient(
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     w = tl.math.exp2(s * scale - lse[:, None])
     if KIND != "full":
-        j = start + offs_n[None, :]
+        j = start + offs_n
         if KIND == "masked":
-            seen = visible(p[:, None], j, n_k, window, num_sinks, IS_CAUSAL)
+            seen = visible(p, j, n_k, window, num_sinks, IS_CAUSAL)
         else:
-            seen = j < limit
+            seen = (j < limit)[None, :]
         w = tl.where(seen, w, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     ds = w * (dp - delta[:, None])
@@ -397,9 +405,11 @@ def triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous; the two last arguments override tile sizes."""
     q, k, v, do = (kernel_input(t) for t in (call.query, call.key, call.value, grad_output))
-    dq, dk, dv = (t.new_zeros(t.shape) for t in (call.query, call.key, call.value))
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
+    whole = (dq, dk, dv)
+    dims = (call.query.shape[-1], call.key.shape[-1], call.value.shape[-1])
     if q.numel() == 0 or v.numel() == 0:
-        return dq, dk, dv
+        return _cut(whole, dims)
     batch, heads, n_q, dim = q.shape
     kv_heads, n_k, value_dim = k.shape[1], k.shape[2], v.shape[-1]
     packed = cu_seqlens_q is not None
@@ -407,8 +417,8 @@ def triton_backward(
     if cu_seqlens_q is not None:
         entries, rows, keys = len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
     if rows == 0 or keys == 0:
-        return dq, dk, dv
-    delta = _delta(do, output, grad_lse)
+        return _cut(whole, dims)
+    delta = _delta(do, kernel_input(output), grad_lse)
     lse = lse.contiguous()
     shared = shared_class(q.device)
     common = {
@@ -420,35 +430,43 @@ def triton_backward(
     inputs = (q, k, v, do, lse, delta)
     placing = (cu_seqlens_q, cu_seqlens_k, call.key_lengths)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    numbers = (rows, keys, call.query_offset, config.window, config.num_sinks)
+    window, num_sinks = kernel_settings(config, keys)
+    numbers = (rows, keys, call.query_offset, window, num_sinks)
 
     sizes = query_kernel or pick([query_config(dim, value_dim, q.dtype, shared)])
     _window_query_bwd_kernel[grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)](
         *inputs, dq, *placing, *strides, *dq.stride()[:3], *lse.stride()[:2],
         call.scale, heads, *numbers, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
-        BLOCK_S=SINK_TILE, num_warps=sizes.num_warps, num_stages=sizes.num_stages, **common,
+        BLOCK_S=SINK_TILE, **sizes.options(), **common,
     )  # fmt: skip
 
-    run_rows = 32 if interpreting() else SINK_ROWS
+    run_rows = 32 if interpreting() else sink_rows(config.num_sinks)
     runs = triton.cdiv(rows, run_rows)
-    parts = [q.new_empty((entries, heads, runs, config.num_sinks, width), dtype=torch.float32)
+    parts = [q.new_empty((entries, heads, runs, num_sinks, width), dtype=torch.float32)
              for width in (dim, value_dim)]  # fmt: skip
-    if config.num_sinks > 0:
+    if num_sinks > 0:
         sizes = pick([sink_config(dim, value_dim, q.dtype)])
-        grid = grid_of(runs * triton.cdiv(config.num_sinks, sizes.block_n), entries, heads)
+        grid = grid_of(runs * triton.cdiv(num_sinks, sizes.block_n), entries, heads)
         _window_sink_bwd_kernel[grid](
             *inputs, *parts, *placing, *strides, *lse.stride()[:2],
             call.scale, heads, *numbers, BLOCK_M=sizes.block_m, BLOCK_S=sizes.block_n,
-            ROWS=run_rows, num_warps=sizes.num_warps, num_stages=sizes.num_stages, **common,
+            ROWS=run_rows, **sizes.options(), **common,
         )  # fmt: skip
 
     sizes = key_kernel or pick([key_config(dim, value_dim, q.dtype, shared)])
     _window_key_bwd_kernel[grid_of(triton.cdiv(keys, sizes.block_n), entries, kv_heads)](
         *inputs, *parts, dk, dv, *placing, *strides, *dk.stride()[:3], *dv.stride()[:3],
         *lse.stride()[:2], call.scale, kv_heads, *numbers, runs, BLOCK_M=sizes.block_m,
-        BLOCK_N=sizes.block_n, ROWS=run_rows, num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages, **common,
+        BLOCK_N=sizes.block_n, ROWS=run_rows, **sizes.options(), **common,
     )  # fmt: skip
+    return _cut(whole, dims)
+
+
+def _cut(
+    grads: tuple[Tensor, Tensor, Tensor], dims: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients without the columns that `kernel_input` added, contiguous."""
+    dq, dk, dv = (grad[..., :dim].contiguous() for grad, dim in zip(grads, dims, strict=True))
     return dq, dk, dv
 
 

@@ -76,7 +76,7 @@ def _case(
         "cu_q_ptr": None, "cu_k_ptr": None, "lengths_ptr": None, "GROUP": 1, "DIM": dim,
         "VALUE_DIM": dim, "BLOCK_M": sizes.block_m, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(dim), "IS_CAUSAL": True, "IS_PACKED": False, "HAS_LENGTHS": False,
-        "HAS_DLSE": False, "UPCAST": False, **blocks,
+        "HAS_DLSE": False, "FLIP": False, "UPCAST": False, **blocks,
     }  # fmt: skip
     if name == "window/delta_bwd":
         known["dlse_ptr"] = None
@@ -97,5 +97,6 @@ def _case(
         constexprs=constexprs,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
+        max_registers=sizes.max_registers,
         aligned=tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_")),
     )

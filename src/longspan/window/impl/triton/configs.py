@@ -18,10 +18,11 @@ __all__ = [
     "query_config",
     "shared_class",
     "sink_config",
+    "sink_rows",
 ]
 
 SINK_TILE = 16  # columns of a tile of sinks: the least that the matrix units take
-SINK_ROWS = 2048  # queries whose sink gradients one program sums up
+SINK_ROWS = 2048  # queries whose sink gradients one program sums up, for up to 64 sinks
 
 _LARGE, _MEDIUM = 200 * 1024, 150 * 1024
 
@@ -29,7 +30,7 @@ _LARGE, _MEDIUM = 200 * 1024, 150 * 1024
 # on an H100 (large); the others are chosen by registers and shared memory, see resources.json.
 _FORWARD = {
     ("large", 64): KernelConfig(64, 64, 4, 3),
-    ("large", 128): KernelConfig(64, 64, 4, 2),
+    ("large", 128): KernelConfig(64, 64, 4, 3),
     ("large", 256): KernelConfig(64, 64, 8, 2),
     ("medium", 64): KernelConfig(64, 64, 4, 3),
     ("medium", 128): KernelConfig(64, 32, 4, 2),
@@ -42,10 +43,10 @@ _QUERY = {
     ("large", 64): KernelConfig(64, 64, 4, 3),
     ("large", 128): KernelConfig(64, 64, 4, 2),
     ("large", 256): KernelConfig(64, 16, 8, 2),
-    ("medium", 64): KernelConfig(64, 64, 4, 2),
+    ("medium", 64): KernelConfig(64, 32, 4, 2),
     ("medium", 128): KernelConfig(64, 64, 4, 2),
     ("medium", 256): KernelConfig(64, 32, 8, 1),
-    ("small", 64): KernelConfig(64, 64, 4, 2),
+    ("small", 64): KernelConfig(64, 32, 4, 2),
     ("small", 128): KernelConfig(64, 32, 4, 1),
     ("small", 256): KernelConfig(32, 16, 4, 1),
 }
@@ -110,6 +111,17 @@ def sink_config(dim: int, value_dim: int, dtype: torch.dtype) -> KernelConfig:
         return KernelConfig(16, SINK_TILE, 4, 1)
     wide = _width(dim, value_dim) == 256
     return KernelConfig(32, SINK_TILE, 4, 1) if wide else KernelConfig(64, SINK_TILE, 4, 2)
+
+
+def sink_rows(num_sinks: int) -> int:
+    """Queries whose sink gradients one program sums up: more for many sinks, to bound the memory.
+
+    A function of the settings alone, so that the order of the sums does not depend on the length.
+    """
+    rows = SINK_ROWS
+    while rows * 64 < SINK_ROWS * num_sinks and rows < 2**19:
+        rows *= 2
+    return rows
 
 
 def _width(dim: int, value_dim: int) -> int:

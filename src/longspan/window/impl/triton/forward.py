@@ -26,6 +26,7 @@ from .tiles import (
     block_dim,
     grid_of,
     kernel_input,
+    kernel_settings,
     load_tile,
     masked_count,
     masked_tile,
@@ -58,15 +59,15 @@ def _accumulate(
         w = tl.math.exp2(s * scale - m_new[:, None])
         shrink = tl.math.exp2(m_i - m_new)
     else:
-        j = start + offs_n[None, :]
+        j = start + offs_n
         if KIND == "masked":
-            seen = visible(p[:, None], j, n_k, window, num_sinks, IS_CAUSAL)
+            seen = visible(p, j, n_k, window, num_sinks, IS_CAUSAL)
         else:
-            seen = j < limit
-        s = tl.where(seen, s * scale, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
+            seen = (j < limit)[None, :]
+        s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN in empty rows
-        w = tl.math.exp2(s - m_safe[:, None])
+        w = tl.math.exp2(s * scale - m_safe[:, None])
         shrink = tl.math.exp2(m_i - m_safe)
     l_i = l_i * shrink + tl.sum(w, 1)
     v = load_tile(
@@ -86,7 +87,7 @@ def _window_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FLIP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of BLOCK_M queries of one head."""
     tiles = tl.cdiv(n_q, BLOCK_M)
@@ -111,7 +112,8 @@ def _window_fwd_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     # [BLOCK_M, BLOCK_D]
     q = load_tile(q_ptr, stride_qn, start_m, n_q, offs_m, offs_d, DIM, BLOCK_D, True, UPCAST)
-    q = tl.where(scale < 0, -q, q)  # the full tiles take the maximum before the scale
+    if FLIP:  # the maximum is taken before the scale, which must be positive
+        q = -q
     scale = tl.abs(scale) * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -162,27 +164,28 @@ def triton_forward(
     value_dim = value.shape[-1]
     output = query.new_empty((batch, heads, n_q, value_dim))
     lse = query.new_empty((batch, heads, n_q), dtype=torch.float32)
-    if output.numel() == 0 or key.shape[2] == 0:
-        return output.zero_(), lse.fill_(float("-inf"))
     entries, rows, keys = batch, n_q, key.shape[2]
     if cu_seqlens_q is not None:
         entries, rows, keys = len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
+    if output.numel() == 0 or rows == 0 or keys == 0:
+        return output[..., : call.value.shape[-1]].zero_(), lse.fill_(float("-inf"))
+    scale = call.scale
+    if scale == 0.0:  # -inf * 0 is NaN
+        query, scale = torch.zeros_like(query), 1.0
     sizes = kernel or pick(
         [forward_config(dim, value_dim, query.dtype, shared_class(query.device))]
     )
     grid = grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)
-    if grid[0] == 0:
-        return output.zero_(), lse.fill_(float("-inf"))
     _window_fwd_kernel[grid](
         query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, call.key_lengths,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        *lse.stride()[:2], call.scale, heads, rows, keys,
-        call.query_offset, config.window, config.num_sinks,
+        *lse.stride()[:2], scale, heads, rows, keys,
+        call.query_offset, *kernel_settings(config, keys),
         GROUP=heads // key.shape[1], DIM=dim, VALUE_DIM=value_dim,
         BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE,
         BLOCK_D=block_dim(dim), BLOCK_DV=block_dim(value_dim),
         IS_CAUSAL=call.is_causal, IS_PACKED=cu_seqlens_q is not None, HAS_LENGTHS=call.key_lengths is not None,
-        UPCAST=upcasts(query.dtype, interpreting()),
-        num_warps=sizes.num_warps, num_stages=sizes.num_stages,
+        FLIP=scale < 0, UPCAST=upcasts(query.dtype, interpreting()),
+        **sizes.options(),
     )  # fmt: skip
-    return output, lse
+    return output[..., : call.value.shape[-1]].contiguous(), lse

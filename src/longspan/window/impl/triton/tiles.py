@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import unit_last_stride
 from ....errors import UnsupportedError
+from ...config import WindowConfig
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 _MOST_PROGRAMS = 2**31 - 1
 _MOST_TILE_ROWS = 256
+_ALIGNMENT = 16  # what Triton looks for in strides (elements) and pointers (bytes)
 
 
 @triton.jit
@@ -115,16 +116,42 @@ def masked_count(begin, full_begin, full_end, end, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def visible(p, j, n_k, window, num_sinks, IS_CAUSAL: tl.constexpr):
-    """Whether the query at key index p sees key j; p and j broadcast."""
+    """Whether the query at key index p (BLOCK_M,) sees key j (BLOCK_N,): [BLOCK_M, BLOCK_N].
+
+    One subtraction and one unsigned comparison an element; the rest is a vector over the keys:
+    0 <= gap <= reach holds for the window, and for sinks with the reach widened.
+    """
     if IS_CAUSAL:
-        return ((p - j < window) | (j < num_sinks)) & (j <= p) & (j < n_k)
-    return (((p - j < window) & (j - p < window)) | (j < num_sinks)) & (j < n_k)
+        shift = 0
+        reach = tl.where(j < num_sinks, 0x7FFFFFFF, window - 1)
+    else:  # -window < p - j < window
+        shift = window - 1
+        reach = tl.where(j < num_sinks, -1, 2 * window - 2)  # -1 is the largest unsigned number
+    reach = tl.where(j < n_k, reach, 0)
+    j = tl.where(j < n_k, j, 0x7FFFFFFF)  # the gap of padding is negative: a large unsigned number
+    gap = (p[:, None] + shift) - j[None, :]
+    return gap.to(tl.uint32) <= reach.to(tl.uint32)[None, :]
 
 
 def kernel_input(tensor: Tensor) -> Tensor:
-    """`tensor`, or a contiguous copy if its strides are outside of what the kernels take."""
-    tensor = unit_last_stride(tensor)
-    return tensor if tensor.stride(2) * _MOST_TILE_ROWS < 2**31 else tensor.contiguous()
+    """`tensor`, or a copy that the kernels can read in 16-byte pieces.
+
+    The last axis becomes a multiple of 16, with zeros; all strides become multiples of 16. Without
+    that Triton loads element by element and cannot pipeline (and Triton 3.6 gave wrong products on
+    sm_90 for a head dim of 20 with a value dim of 5).
+    """
+    if short := -tensor.shape[-1] % _ALIGNMENT:
+        return torch.nn.functional.pad(tensor, (0, short))
+    strides = tensor.stride()
+    fits = strides[3] == 1 and strides[2] * _MOST_TILE_ROWS < 2**31
+    if fits and not any(s % _ALIGNMENT for s in strides[:3]) and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def kernel_settings(config: WindowConfig, n_k: int) -> tuple[int, int]:
+    """window and num_sinks, cut to what 32-bit arithmetic and n_k keys can tell apart."""
+    return min(config.window, 2**30), min(config.num_sinks, n_k)
 
 
 def grid_of(tiles: int, entries: int, heads: int) -> tuple[int]:
