@@ -62,9 +62,14 @@ class ConvBasis:
         """Output (B, H, N, D_v) and lse (B, H, N) for `value` (B, H_kv, N, D_v)."""
         parts = [self.tail(value)]
         if self.near and self.query is not None and self.key is not None:
+            key, exact_value = self.key, value
+            if key.shape[1] != value.shape[1]:  # values of another grouping: one key head each
+                heads = self.query.shape[1]
+                key = key.repeat_interleave(heads // key.shape[1], 1)
+                exact_value = value.repeat_interleave(heads // value.shape[1], 1)
             parts.append(
                 window_attention_with_lse(
-                    self.query, self.key, value, is_causal=True, scale=self.scale,
+                    self.query, key, exact_value, is_causal=True, scale=self.scale,
                     enable_gqa=True, key_lengths=self.lengths.to(torch.int32),
                     config=WindowConfig(window=self.near, num_sinks=self.num_sinks),
                 )
