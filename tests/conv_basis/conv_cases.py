@@ -16,7 +16,7 @@ def rotated(vector, base=100.0):
 
 
 def planted(n, starts, heads=1, dim=16, size=2.0, batch=1, kv_heads=None, seed=0, dtype=None):
-    """query, key, value (float64): key content is constant in each segment, the rest is rotation."""
+    """query, key, value: content constant in each segment of keys, the rest is rotation."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads = kv_heads or heads
 

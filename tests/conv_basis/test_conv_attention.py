@@ -63,8 +63,8 @@ def test_equals_the_dense_reference_with_gradients(config, lengths):
     torch.testing.assert_close(got.lse, want.lse, rtol=1e-8, atol=1e-10)
     upstream, upstream_lse = torch.randn_like(got.output), torch.randn_like(got.lse)
     grads = [
-        torch.autograd.grad((o * upstream).sum() + (l * upstream_lse).sum(), (q, k, v))
-        for o, l in (got, want)
+        torch.autograd.grad((p.output * upstream).sum() + (p.lse * upstream_lse).sum(), (q, k, v))
+        for p in (got, want)
     ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)

@@ -465,7 +465,8 @@ def _basis(call: Call, config: ConvBasisConfig, chosen: Impl) -> ConvBasis:
     keeps = near > 0
     return ConvBasis(
         starts=starts, log_kernels=kernels, key_offset=key_offset, row_offset=row_offset,
-        lengths=lengths, near=near, num_sinks=config.num_sinks, scale=call.scale,
+        lengths=lengths, is_padded=call.key_lengths is not None,
+        near=near, num_sinks=config.num_sinks, scale=call.scale,
         query=call.query if keeps else None, key=call.key if keeps else None,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ class ConvBasis:
     starts: (B, H, k) int64, first key of each segment; N where there is none.
     log_kernels: (B, H, k, N), nats, by lag; -inf where no row is left. Differentiable.
     key_offset, row_offset: (B, H, N) or None.
-    lengths: (B,) int64, valid keys.
+    lengths: (B,) int64, valid keys; is_padded: some may be below N.
     near: lags below it are exact; num_sinks: so are the first keys. If either is above 0, `query`
         and `key` are kept for the exact part.
     scale: multiplies the scores.
@@ -37,6 +37,7 @@ class ConvBasis:
     key_offset: Tensor | None
     row_offset: Tensor | None
     lengths: Tensor
+    is_padded: bool
     near: int
     num_sinks: int
     scale: float
@@ -67,10 +68,11 @@ class ConvBasis:
                 heads = self.query.shape[1]
                 key = key.repeat_interleave(heads // key.shape[1], 1)
                 exact_value = value.repeat_interleave(heads // value.shape[1], 1)
+            lengths32 = self.lengths.to(torch.int32) if self.is_padded else None
             parts.append(
                 window_attention_with_lse(
                     self.query, key, exact_value, is_causal=True, scale=self.scale,
-                    enable_gqa=True, key_lengths=self.lengths.to(torch.int32),
+                    enable_gqa=True, key_lengths=lengths32,
                     config=WindowConfig(window=self.near, num_sinks=self.num_sinks),
                 )
             )  # fmt: skip
@@ -89,11 +91,13 @@ class ConvBasis:
         kernels = self.log_kernels
         if self.near:
             kernels = torch.where(row < self.near, float("-inf"), kernels)
-        valid = (row >= self.num_sinks) & (row < lengths)
-        value = torch.where(valid[:, None, :, None], value, 0.0)  # 0 * NaN is NaN
-        base = kernels.new_zeros(()) if self.key_offset is None else self.key_offset
-        offset = torch.where(valid[:, None], base, float("-inf"))
-        offset = offset.expand(*kernels.shape[:2], n)
+        offset = self.key_offset
+        if self.is_padded or self.num_sinks:
+            valid = (row >= self.num_sinks) & (row < lengths)
+            value = torch.where(valid[:, None, :, None], value, 0.0)  # 0 * NaN is NaN
+            base = kernels.new_zeros(()) if offset is None else offset
+            offset = torch.where(valid[:, None], base, float("-inf"))
+            offset = offset.expand(*kernels.shape[:2], n)
         output, lse, _ = toeplitz_fwd(kernels, self.starts, offset, value, hidden, n, True, 0, 0)
         if self.row_offset is not None:
             lse = lse + self.row_offset

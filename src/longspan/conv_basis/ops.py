@@ -82,9 +82,10 @@ def toeplitz_fwd(
     with torch.autocast(value.device.type, enabled=False):
         problem = _problem(log_kernel, starts, key_offset, value, hidden, n_q, is_causal,
                            query_offset)  # fmt: skip
-        output, lse, path = guarded_forward(problem, block or None)
+        output, lse, path = guarded_forward(problem, block or None, value.dtype)
     shape = (batch, heads, n_q)
-    return output.view(*shape, -1).to(value.dtype), lse.view(shape), path.view(batch, heads)
+    output = output.reshape(*shape, -1).to(value.dtype).contiguous()
+    return output, lse.reshape(shape).contiguous(), path.view(batch, heads)
 
 
 @toeplitz_fwd.register_fake
@@ -148,18 +149,30 @@ def _(
     return log_kernel.new_empty(log_kernel.shape), offset, value.new_empty(value.shape)
 
 
-def _problem(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
-             hidden: Tensor | None, n_q: int, is_causal: bool, query_offset: int) -> Any:  # fmt: skip
+def _problem(
+    log_kernel: Tensor,
+    starts: Tensor,
+    key_offset: Tensor | None,
+    value: Tensor,
+    hidden: Tensor | None,
+    n_q: int,
+    is_causal: bool,
+    query_offset: int,
+) -> Any:
     from .impl.engine import Problem
 
     heads, wide = log_kernel.shape[1], _wide(log_kernel)
-    repeated = value.to(wide).repeat_interleave(heads // value.shape[1], 1).flatten(0, 1)
+    repeats = heads // value.shape[1]
+    if repeats > 1:
+        value = value.repeat_interleave(repeats, 1)
     offset = None if key_offset is None else key_offset.to(wide).flatten(0, 1)
     rows = None if hidden is None else hidden.repeat_interleave(heads, 0)
     begin = starts.flatten(0, 1).clone()
     begin[:, 0] = 0
-    return Problem(log_kernel.to(wide).flatten(0, 1), begin, offset, repeated, n_q, is_causal,
-                   query_offset, rows)  # fmt: skip
+    return Problem(
+        log_kernel.to(wide).flatten(0, 1), begin, offset, value.to(wide).flatten(0, 1), n_q,
+        is_causal, query_offset, rows,
+    )  # fmt: skip
 
 
 def _toeplitz_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -205,9 +218,10 @@ def find_violations(
     from .impl.certificate import act_on_violations, sample_distances
 
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        _, distances, _ = sample_distances(query, key, lengths, log_kernel, starts, key_offset,
-                                           row_offset, lse, scale, near, num_sinks, check_rows,
-                                           seed)  # fmt: skip
+        _, distances, _ = sample_distances(
+            query, key, lengths, log_kernel, starts, key_offset, row_offset, lse, scale, near,
+            num_sinks, check_rows, seed, with_residual=False,
+        )  # fmt: skip
         return act_on_violations(distances, max_tv, on_violation)
 
 

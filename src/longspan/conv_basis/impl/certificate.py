@@ -12,7 +12,7 @@ from ...errors import LongspanWarning, UnsupportedError
 
 __all__ = ["act_on_violations", "sample_distances", "sample_rows", "spread_bound"]
 
-_WORK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+_WORK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 _QUANTILE = 0.95
 
 
@@ -28,7 +28,7 @@ def sample_rows(lengths: Tensor, count: int, seed: int) -> Tensor:
 def sample_distances(
     query: Tensor, key: Tensor, lengths: Tensor, log_kernel: Tensor, starts: Tensor,
     key_offset: Tensor | None, row_offset: Tensor | None, lse: Tensor, scale: float, near: int,
-    num_sinks: int, count: int, seed: int,
+    num_sinks: int, count: int, seed: int, with_residual: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows (B, r); total variation (B, H, r); largest score error over them (B, H), in nats.
 
@@ -42,6 +42,41 @@ def sample_distances(
     residual = lse.new_zeros((batch, heads))
     if batch * heads * n == 0:
         return rows, distances, residual
+    group = heads // key.shape[1]
+    keys = torch.arange(n, device=query.device)
+    step = max(1, _WORK_ELEMENTS.get(query.device.type, 2**22) // max(count * n, 1))
+    for b in range(batch):
+        lag = rows[b][:, None] - keys  # (r, N)
+        seen = (lag >= 0) & (keys < lengths[b])
+        is_exact = (lag < near) | (keys < num_sinks)
+        for first in range(0, heads, step):
+            part = slice(first, min(first + step, heads))
+            own = torch.arange(part.start, part.stop, device=query.device) // group
+            k = torch.where((keys < lengths[b])[:, None], key[b, own], 0.0).to(wide)
+            exact = scale * query[b, part, rows[b]].to(wide) @ k.mT  # (h, r, N)
+            begin = starts[b, part].clone()
+            begin[:, 0] = 0
+            where = keys.expand(begin.shape[0], -1).contiguous()
+            segment = (torch.searchsorted(begin, where, right=True) - 1).clamp(min=0)
+            place = segment.unsqueeze(1) * n + lag.clamp(min=0)
+            flat = log_kernel[b, part].flatten(1)
+            model = torch.gather(flat, 1, place.flatten(1)).view(place.shape)
+            if key_offset is not None:
+                model = model + key_offset[b, part].unsqueeze(1)
+            if row_offset is not None:
+                model = model + row_offset[b, part][:, rows[b]].unsqueeze(-1)
+            if near or num_sinks:
+                model = torch.where(is_exact, exact, model)
+            if with_residual:
+                gap = torch.where(seen, (exact - model).abs(), 0.0)
+                residual[b, part] = gap.amax((-1, -2))
+            own_lse = lse[b, part][:, rows[b]].unsqueeze(-1)
+            own_lse = torch.where(own_lse.isinf(), 0.0, own_lse)
+            modelled = (model - own_lse).masked_fill_(~seen, float("-inf")).exp_()
+            weights = torch.softmax(exact.masked_fill_(~seen, float("-inf")), -1)
+            difference = modelled.sub_(weights).abs_().sum(-1)
+            distances[b, part] = 0.5 * torch.where(seen.any(-1), difference, 0.0)
+    return rows, distances, residual
     group = heads // key.shape[1]
     keys = torch.arange(n, device=query.device)
     step = max(1, _WORK_ELEMENTS.get(query.device.type, 2**22) // max(count * n, 1))

@@ -40,8 +40,8 @@ class Problem(NamedTuple):
         None  # (R or 1, N_q) bool: rows that see no key; None: found by counting
     )
 
-    def take(self, index: Tensor) -> Problem:
-        """The problems `index` (int64)."""
+    def take(self, index: Tensor | slice) -> Problem:
+        """The problems `index` (int64 or a slice)."""
         hidden = self.hidden
         if hidden is not None and hidden.shape[0] > 1:
             hidden = hidden[index]
@@ -292,7 +292,7 @@ def _join_runs(spectra: _Spectra, parts: Tensor) -> Tensor:
 def _kernel_gradient(problem: Problem, spectra: _Spectra, pair: Tensor) -> Tensor:
     """(R, G, L) of (R, F, A, U): shear to pieces, sum over the runs of a group, transform back."""
     layout, size = spectra.layout, spectra.layout.block
-    rows, frequencies, a_count, runs = pair.shape
+    rows, frequencies, a_count, _ = pair.shape
     groups = problem.log_kernel.shape[1]
     pieces = torch.arange(layout.pieces, device=pair.device) + layout.first_piece
     a = pieces[:, None] + spectra.runs.block.unsqueeze(1)  # (R, D, U)

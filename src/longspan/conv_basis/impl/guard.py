@@ -13,20 +13,27 @@ from .engine import Problem, block_size, run_backward, run_forward
 __all__ = ["SINGLE", "WEIGHT_BY_WEIGHT", "guarded_backward", "guarded_forward", "log_weights"]
 
 SINGLE, DOUBLE, WEIGHT_BY_WEIGHT = 0, 1, 2  # how a problem was evaluated
-_TOLERANCE = 3e-5  # estimated relative error of a denominator beyond which precision is raised
+# Estimated relative error of a denominator beyond which precision is raised, by the dtype of the
+# result: an output that is rounded to bfloat16 (8e-3) does not need more.
+_TOLERANCE = {torch.bfloat16: 5e-4, torch.float16: 1e-4}
+_FINEST = 3e-5
 _WORK_BYTES = {"cpu": 2**28, "cuda": 3 * 2**30}
 _DENSE_WEIGHTS = 2**23  # weights held at a time
 
 
-def guarded_forward(problem: Problem, block: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def guarded_forward(
+    problem: Problem, block: int | None = None, result: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output (R, N_q, D_v), lse (R, N_q) in the problem's dtype; path (R,) uint8.
 
-    One device synchronisation: which problems need more than float32.
+    One device synchronisation: which problems need more than float32. `result`: the dtype that
+    the output will be rounded to.
     """
+    tolerance = _TOLERANCE.get(result, _FINEST)
     size = block or block_size(max(problem.n_q, problem.value.shape[1]), problem.value.shape[2])
     pieces = [run_forward(part, size) for part in _chunks(problem, size)]
-    output, lse, ratio = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    is_bad = ~(ratio <= _TOLERANCE)  # NaN is bad
+    output, lse, ratio = _join(pieces)
+    is_bad = ~(ratio <= tolerance)  # NaN is bad
     path = torch.zeros(output.shape[0], dtype=torch.uint8, device=output.device)
     rows = is_bad.any(1).nonzero().flatten()
     if rows.numel() == 0:
@@ -38,7 +45,7 @@ def guarded_forward(problem: Problem, block: int | None = None) -> tuple[Tensor,
         if output.dtype is not torch.float64:
             new_output, new_lse, ratio = run_forward(wide, size)
             output[row], lse[row] = new_output.to(output.dtype), new_lse.to(lse.dtype)
-            still_bad = (~(ratio[0] <= _TOLERANCE)).nonzero().flatten()
+            still_bad = (~(ratio[0] <= tolerance)).nonzero().flatten()
         for a in still_bad.tolist():
             path[row] = WEIGHT_BY_WEIGHT
             part = slice(a * size, min((a + 1) * size, problem.n_q))
@@ -70,11 +77,11 @@ def guarded_backward(
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     step = _problems_at_once(problem, size, 3)
     for start in range(0, count, step):
-        rows = torch.arange(start, min(start + step, count), device=path.device)
+        rows = slice(start, min(start + step, count))
         part_lse = None if grad_lse is None else grad_lse[rows]
         args = [t[rows] for t in tops]
         found.append(run_backward(problem.take(rows), size, *args, part_lse))
-    kernel, key, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+    kernel, key, value = _join(found)
     for row in path.nonzero().flatten().split(1):
         if row.numel() == 0:
             break
@@ -136,6 +143,12 @@ def _dense_backward(
     return grad_kernel, grad_key, grad_value
 
 
+def _join(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    if len(parts) == 1:
+        return list(parts[0])
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
 def _finite(lse: Tensor) -> Tensor:
     return torch.where(lse == float("-inf"), 0.0, lse)
 
@@ -151,7 +164,7 @@ def _chunks(problem: Problem, size: int) -> Iterator[Problem]:
     step = _problems_at_once(problem, size, 1)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        yield problem.take(torch.arange(start, stop, device=problem.value.device))
+        yield problem.take(slice(start, stop))
 
 
 def _problems_at_once(problem: Problem, size: int, passes: int) -> int:

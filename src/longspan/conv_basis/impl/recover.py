@@ -66,18 +66,38 @@ def _rows(tensor: Tensor, index: Tensor, heads: int) -> Tensor:
     return tensor[b, h.view(1, -1, *(1,) * (index.ndim - 2)), index]
 
 
-def _leading(query: Tensor, key: Tensor, column: Tensor, limit: Tensor, scale: float,
-             config: ConvBasisConfig) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """T scores at the head of a column (B, H), behind the exact lags, and which of them exist."""
-    n, heads = query.shape[2], query.shape[1]
-    wide = torch.float64 if query.dtype is torch.float64 else torch.float32
-    steps = torch.arange(config.probe_length, device=query.device) + exact_keys(config)
-    row = column.unsqueeze(-1) + steps  # (B, H, T)
-    exists = (row < n) & (column < limit).unsqueeze(-1)
-    some_key = _rows(key, column.clamp(max=n - 1), heads).to(wide)  # (B, H, D)
-    some_query = _rows(query, row.clamp(max=n - 1), heads).to(wide)  # (B, H, T, D)
-    scores = scale * (some_query @ some_key.unsqueeze(-1)).squeeze(-1)
-    return torch.where(exists, scores, 0.0), exists
+class _Probe:
+    """Reads T scores at the head of columns (B, H), behind the exact lags."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, limit: Tensor, scale: float, config: ConvBasisConfig
+    ) -> None:
+        batch, heads, n, dim = query.shape
+        self.shape, self.n = (batch, heads), n
+        self.wide = torch.float64 if query.dtype is torch.float64 else torch.float32
+        self.query, self.key = query.reshape(-1, dim), key.reshape(-1, dim)
+        self.limit, self.scale = limit.reshape(-1), scale
+        self.near, self.length = exact_keys(config), config.probe_length
+        self.steps = torch.arange(config.probe_length, device=query.device)
+        entry = torch.arange(batch * heads, device=query.device)
+        self.query_base = entry * n
+        kv_heads = key.shape[1]
+        own = entry // heads * kv_heads + entry % heads // (heads // kv_heads)
+        self.key_base = own * n
+
+    def __call__(self, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B H, T), 0 where there are none, and how many exist (B H)."""
+        left = torch.where(column < self.limit, self.n - self.near - column, 0)
+        left = left.clamp_(0, self.length)
+        column = column.clamp(max=self.n - 1)
+        some_key = self.key.index_select(0, self.key_base + column).to(self.wide)
+        row = (column.unsqueeze(1) + (self.steps + self.near)).clamp_(max=self.n - 1)
+        row += self.query_base.unsqueeze(1)
+        some_query = self.query.index_select(0, row.flatten()).to(self.wide)
+        some_query = some_query.view(len(column), self.length, -1)
+        scores = torch.bmm(some_query, some_key.unsqueeze(2)).squeeze(2) * self.scale
+        # where, not a product: a key of the padding may hold NaN
+        return torch.where(self.steps < left.unsqueeze(1), scores, 0.0), left
 
 
 def _binary(query: Tensor, key: Tensor, first: Tensor, limit: Tensor, scale: float,
@@ -89,28 +109,29 @@ def _binary(query: Tensor, key: Tensor, first: Tensor, limit: Tensor, scale: flo
     A predicate that is not monotone (any matrix that is not k-conv) makes this find *some* border.
     """
     n = query.shape[2]
-    enough = config.threshold - 2 * config.probe_length * config.noise
+    probe = _Probe(query, key, limit, scale, config)
+    each = config.threshold / config.probe_length - 2 * config.noise  # nats an entry
     rounds = max(math.ceil(math.log2(n + 1)), 1)
-    starts = [first]
-    on_host = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    last, limit = first.flatten(), limit.flatten()
+    starts = [last]
     for _ in range(config.num_bases - 1):
-        last = starts[-1]
-        if on_host and bool((last >= limit).all()):  # the rest is empty
+        if query.device.type == "cpu" and bool((last >= limit).all()):  # the rest is empty
             starts += [torch.full_like(last, n)] * (config.num_bases - len(starts))
             break
-        known, _ = _leading(query, key, last, limit, scale, config)
+        known, _ = probe(last)
         low, high = torch.minimum(last + 1, limit), limit
         for _ in range(rounds):
-            middle = (low + high) // 2
-            found, exists = _leading(query, key, middle, limit, scale, config)
-            change = torch.where(exists, (found - known).abs(), 0.0).sum(-1)
-            share = exists.sum(-1) / config.probe_length
-            is_border = (change >= enough * share) & (share > 0)
+            middle = (low + high) >> 1
+            found, count = probe(middle)
+            # entries that do not exist in the column are compared with nothing
+            change = torch.where(probe.steps < count.unsqueeze(1), (found - known).abs_(), 0.0)
+            is_border = (change.sum(1) >= each * count) & (count > 0)
             searching = low < high
             high = torch.where(searching & is_border, middle, high)
             low = torch.where(searching & ~is_border, middle + 1, low)
-        starts.append(torch.where(low < limit, low, n))
-    return torch.stack(starts, -1)
+        last = torch.where(low < limit, low, n)
+        starts.append(last)
+    return torch.stack(starts, -1).view(*probe.shape, -1)
 
 
 def _grid(first: Tensor, limit: Tensor, n: int, count: int) -> Tensor:
