@@ -228,8 +228,18 @@ def tune(run: Run, inputs: tuple[Tensor, ...], basis: ConvBasis) -> None:
 
                 error = relative(function()[0, 1, rows], want)
                 timing = run.time(function)
-                run.add("conv_basis", "auto", "tune", "forward", length, timing, block=block,
-                        work_gib=gib, error=float(f"{error:.2e}"), verified=error <= 1e-2)
+                run.add(
+                    "conv_basis",
+                    "auto",
+                    "tune",
+                    "forward",
+                    length,
+                    timing,
+                    block=block,
+                    work_gib=gib,
+                    error=float(f"{error:.2e}"),
+                    verified=error <= 1e-2,
+                )
                 print("   work GiB", gib, flush=True)
             except torch.OutOfMemoryError:
                 print("out of memory", block, gib, flush=True)

@@ -125,6 +125,7 @@ _TABLE = (
         package="conv_basis",
         config_name="ConvBasisConfig",
         is_causal_only=True,
+        has_triton=True,
     ),
 )
 

@@ -110,9 +110,7 @@ def test_error_budget_of_low_precision(dtype):
 def test_gradcheck():
     q, k, v = noise(14, 2, 1, 4, 1, requires_grad=True)
     for config in (BARE, dataclasses.replace(BARE, recover="means", near_window=3, num_sinks=1)):
-        assert torch.autograd.gradcheck(
-            lambda q, k, v, c=config: tuple(run(q, k, v, c)), (q, k, v)
-        )
+        assert torch.autograd.gradcheck(lambda q, k, v, c=config: tuple(run(q, k, v, c)), (q, k, v))
 
 
 def test_exact_gradient_is_that_of_exact_attention():

@@ -71,18 +71,16 @@ class _Spectra(NamedTuple):
     weight_norm: Tensor  # (R, U)
 
 
-def block_size(n: int, value_dim: int) -> int:
-    """Power of two that balances transforms (longer with B) and products (more with n / B)."""
-    del value_dim
+def block_size(n: int, device: torch.device) -> int:
+    """Power of two that balances transforms (longer with B) and products (more with n / B).
+
+    Shorter blocks also hold a smaller range of weights, so fewer heads need float64.
+    """
     if n <= 64:
         return 32
-    if n <= 2048:
-        return 128
-    if n <= 12288:
-        return 256
-    if n <= 40000:
-        return 512
-    return 1024 if n <= 400000 else 2048
+    if device.type == "cpu":
+        return 128 if n <= 12288 else 256 if n <= 50000 else 512 if n <= 200000 else 1024
+    return 256 if n <= 12288 else 512 if n <= 50000 else 1024 if n <= 400000 else 2048
 
 
 def run_forward(problem: Problem, block: int) -> tuple[Tensor, Tensor, Tensor]:
