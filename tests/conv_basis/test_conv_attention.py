@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from conv_cases import planted
 
 import longspan
+from conv_cases import planted
 from longspan import (
     ConfigError,
     ConvBasisConfig,
