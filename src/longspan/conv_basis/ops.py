@@ -130,10 +130,16 @@ def toeplitz_bwd(
         problem = _problem(log_kernel, starts, key_offset, value, hidden, n_q, is_causal,
                            query_offset)  # fmt: skip
         wide = _wide(log_kernel)
-        flat = [t.to(wide).flatten(0, 1) for t in (output, lse, grad_output)]
         flat_lse = None if grad_lse is None else grad_lse.to(wide).flatten(0, 1)
-        kernel, key, part = guarded_backward(problem, path.flatten(), *flat, flat_lse,
-                                             block or None)  # fmt: skip
+        kernel, key, part = guarded_backward(
+            problem,
+            path.flatten(),
+            output.to(wide).flatten(0, 1),
+            lse.to(wide).flatten(0, 1),
+            grad_output.to(wide).flatten(0, 1),
+            flat_lse,
+            block or None,
+        )
     shape = (batch, value.shape[1], -1, n_k, value.shape[-1])
     own_value = part.view(shape).sum(2).to(value.dtype)
     return (kernel.view(log_kernel.shape).to(log_kernel.dtype),

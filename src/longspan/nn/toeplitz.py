@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,9 @@ class ToeplitzAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (("width", width, 1), ("heads", heads, 1),
-                                   ("num_knots", num_knots, 2), ("max_lag", max_lag, 2)):  # fmt: skip
+        sizes = {"width": (width, 1), "heads": (heads, 1), "num_knots": (num_knots, 2),
+                 "max_lag": (max_lag, 2)}  # fmt: skip
+        for name, (value, least) in sizes.items():
             if value < least:
                 raise ConfigError(
                     f"ToeplitzAttention: {name} is {value}; it must be an int >= {least}. "
@@ -72,16 +74,16 @@ class ToeplitzAttention(nn.Module):
             )
         self.heads, self.head_dim = heads, head_dim or width // heads
         self.max_lag, self.is_causal = max_lag, is_causal
-        made = {"device": device, "dtype": dtype}
+        made: Any = {"device": device, "dtype": dtype}
         sides = 1 if is_causal else 2
-        self.value = nn.Linear(width, heads * self.head_dim, bias=bias, **made)  # type: ignore[arg-type]
-        self.content = nn.Linear(width, heads, bias=False, **made) if use_content else None  # type: ignore[arg-type]
-        self.output = nn.Linear(heads * self.head_dim, width, bias=bias, **made)  # type: ignore[arg-type]
-        self.knots = nn.Parameter(torch.zeros(sides, heads, num_knots, **made))  # type: ignore[arg-type]
+        self.value = nn.Linear(width, heads * self.head_dim, bias=bias, **made)
+        self.content = nn.Linear(width, heads, bias=False, **made) if use_content else None
+        self.output = nn.Linear(heads * self.head_dim, width, bias=bias, **made)
+        self.knots = nn.Parameter(torch.zeros(sides, heads, num_knots, **made))
         # softplus(raw) from about 1 / 2 (near) to 1 / max_lag (far): the heads start out different
         slopes = torch.logspace(math.log10(0.5), -math.log10(max_lag), heads)
         raw = torch.log(torch.expm1(slopes)).expand(sides, heads).clone()
-        self.raw_slope = nn.Parameter(raw.to(**made))  # type: ignore[call-overload]
+        self.raw_slope = nn.Parameter(raw.to(**made))
 
     def log_kernel(self, length: int) -> Tensor:
         """(heads, length), lag 0 first; not causal: (heads, 2 length - 1), lag 0 in the middle."""

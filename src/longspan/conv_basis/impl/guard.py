@@ -39,7 +39,8 @@ def guarded_forward(
     if rows.numel() == 0:
         return output, lse, path
     path[rows] = DOUBLE
-    for row in rows.split(1):
+    for index in rows.tolist():
+        row = rows.new_tensor([index])
         wide = problem.take(row).to(torch.float64)
         still_bad = is_bad[row[0]].nonzero().flatten()
         if output.dtype is not torch.float64:
@@ -73,25 +74,26 @@ def guarded_backward(
     if count == 0:
         return (torch.zeros_like(problem.log_kernel), problem.value[..., 0].clone(),
                 torch.zeros_like(problem.value))  # fmt: skip
-    tops = (output, lse, grad_output)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     step = _problems_at_once(problem, size, 3)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         part_lse = None if grad_lse is None else grad_lse[rows]
-        args = [t[rows] for t in tops]
-        found.append(run_backward(problem.take(rows), size, *args, part_lse))
+        found.append(
+            run_backward(
+                problem.take(rows), size, output[rows], lse[rows], grad_output[rows], part_lse
+            )
+        )
     kernel, key, value = _join(found)
-    for row in path.nonzero().flatten().split(1):
-        if row.numel() == 0:
-            break
+    for index in path.nonzero().flatten().tolist():
+        row = torch.tensor([index], device=path.device)
         wide = problem.take(row).to(torch.float64)
-        args = [t[row].double() for t in tops]
+        out, top, grad = output[row].double(), lse[row].double(), grad_output[row].double()
         part_lse = None if grad_lse is None else grad_lse[row].double()
         if int(path[row]) == DOUBLE:
-            new = run_backward(wide, size, *args, part_lse)
+            new = run_backward(wide, size, out, top, grad, part_lse)
         else:
-            new = _dense_backward(wide, *args, part_lse)
+            new = _dense_backward(wide, out, top, grad, part_lse)
         kernel[row], key[row], value[row] = (t.to(kernel.dtype) for t in new)
     return kernel, key, value
 

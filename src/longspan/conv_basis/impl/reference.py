@@ -72,8 +72,8 @@ def difference_form(basis: ConvBasis, value: Tensor) -> AttentionOutput:
     for r in range(kernels.shape[2]):
         start = basis.starts[:, :, r]
         now = torch.exp(kernels[:, :, r])
-        change = torch.gather((now - before), -1, lag.clamp(min=0).flatten().expand(
-            *start.shape, -1)).unflatten(-1, (n, n))  # fmt: skip
+        spread = lag.clamp(min=0).flatten().expand(*start.shape, -1)
+        change = torch.gather(now - before, -1, spread).view(*start.shape, n, n)
         # conv(e, m): the bottom-right m x m block, m = n - s
         inside = (lag >= 0) & (index >= start.unsqueeze(-1)).unsqueeze(-2)
         exists = (start < n)[..., None, None]
