@@ -359,3 +359,25 @@ def test_refusals():
         conv_basis_check(conv_basis_recover(q, k), q, k, check_rows=0)
     with pytest.raises(ShapeError, match="made from 2 entries, 2 heads and 20 tokens"):
         conv_basis_check(conv_basis_recover(q, k), q[:, :1], k)
+
+
+def test_certificate_of_long_padded_sequences():
+    """Rows are looked at in groups of as many columns as they see: the same distances."""
+    n = 1100
+    q, k, v = noise(n, 2, 1, 8)
+    lengths = torch.tensor([n, 700], dtype=torch.int32)
+    config = dataclasses.replace(BARE, near_window=5, num_sinks=2)
+    basis = conv_basis_recover(q, k, enable_gqa=True, config=config, key_lengths=lengths)
+    stats = conv_basis_check(basis, q, k, check_rows=16)
+    eye = torch.eye(n, dtype=torch.float64)[:, :200].expand(2, 1, n, 200)
+    settings = {"is_causal": True, "enable_gqa": True, "key_lengths": lengths}
+    model = run(q, k, eye, config, key_lengths=lengths, impl="reference").output
+    exact = exact_attention_with_lse(q, k, eye, **settings).output
+    for b in range(2):
+        rows = stats.rows[b]
+        assert (rows < lengths[b]).all()
+        lower = 0.5 * (model - exact).abs().sum(-1)[b][:, rows]  # over the first 200 keys only
+        assert (stats.distances[b] >= lower - 1e-9).all()
+        early = rows < 200
+        torch.testing.assert_close(stats.distances[b][:, early], lower[:, early])
+    assert (stats.rows < 200).any()

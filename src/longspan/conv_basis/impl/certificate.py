@@ -43,7 +43,46 @@ def sample_distances(
     if batch * heads * n == 0:
         return rows, distances, residual
     group = heads // key.shape[1]
-    keys = torch.arange(n, device=query.device)
+    step = max(1, _WORK_ELEMENTS.get(query.device.type, 2**22) // max(count * n, 1))
+    cuts = _column_cuts(rows, n)
+    for b in range(batch):
+        for some, width in cuts:
+            keys = torch.arange(width, device=query.device)
+            valid = keys < lengths[b]
+            lag = rows[b, some][:, None] - keys  # (r, width)
+            unseen = (lag < 0) | ~valid
+            is_exact = (lag < near) | (keys < num_sinks)
+            for first in range(0, heads, step):
+                part = slice(first, min(first + step, heads))
+                own = torch.arange(part.start, part.stop, device=query.device) // group
+                k = key[b, own, :width]
+                k = torch.where(valid[:, None], k, 0.0).to(wide)  # padding may hold NaN
+                exact = scale * query[b, part, rows[b, some]].to(wide) @ k.mT  # (h, r, width)
+                begin = starts[b, part].clone()
+                begin[:, 0] = 0
+                where = keys.expand(begin.shape[0], -1).contiguous()
+                segment = (torch.searchsorted(begin, where, right=True) - 1).clamp(min=0)
+                place = (segment * n).unsqueeze(1) + lag.clamp(min=0)
+                flat = log_kernel[b, part].flatten(1)
+                model = torch.gather(flat, 1, place.flatten(1)).view(place.shape)
+                if key_offset is not None:
+                    model = model + key_offset[b, part, :width].unsqueeze(1)
+                if row_offset is not None:
+                    model = model + row_offset[b, part][:, rows[b, some]].unsqueeze(-1)
+                if near or num_sinks:
+                    model = torch.where(is_exact, exact, model)
+                if with_residual:
+                    gap = torch.where(unseen, 0.0, (exact - model).abs()).amax((-1, -2))
+                    residual[b, part] = torch.maximum(residual[b, part], gap)
+                own_lse = lse[b, part][:, rows[b, some]].unsqueeze(-1)
+                own_lse = torch.where(own_lse.isinf(), 0.0, own_lse)
+                modelled = (model - own_lse).masked_fill_(unseen, float("-inf")).exp_()
+                weights = torch.softmax(exact.masked_fill_(unseen, float("-inf")), -1)
+                difference = modelled.sub_(weights).abs_().sum(-1)
+                sees = ~unseen.all(-1)
+                distances[b, part, some] = 0.5 * torch.where(sees, difference, 0.0)
+    return rows, distances, residual
+    group = heads // key.shape[1]
     step = max(1, _WORK_ELEMENTS.get(query.device.type, 2**22) // max(count * n, 1))
     for b in range(batch):
         lag = rows[b][:, None] - keys  # (r, N)
@@ -78,7 +117,6 @@ def sample_distances(
             distances[b, part] = 0.5 * torch.where(seen.any(-1), difference, 0.0)
     return rows, distances, residual
     group = heads // key.shape[1]
-    keys = torch.arange(n, device=query.device)
     step = max(1, _WORK_ELEMENTS.get(query.device.type, 2**22) // max(count * n, 1))
     for b in range(batch):
         lag = rows[b][:, None] - keys  # (r, N)
@@ -110,6 +148,17 @@ def sample_distances(
             gap = torch.where(seen, (exact - model).abs(), 0.0)
             residual[b, part] = gap.amax((-1, -2))
     return rows, distances, residual
+
+
+def _column_cuts(rows: Tensor, n: int) -> list[tuple[slice, int]]:
+    """Groups of the sorted rows, and how many columns they can see; on CUDA, where looking at the
+    rows would synchronise, one group."""
+    count = rows.shape[1]
+    if rows.device.type != "cpu" or count < 8 or n < 1024:
+        return [(slice(0, count), n)]
+    step = -(-count // 4)
+    groups = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    return [(some, min(int(rows[:, some].max()) + 1, n)) for some in groups]
 
 
 def act_on_violations(distances: Tensor, max_tv: float, on_violation: str) -> Tensor:
