@@ -23,7 +23,7 @@ __all__ = ["Problem", "block_size", "run_backward", "run_forward"]
 
 _NEG_INF = float("-inf")
 _PANELS = 4  # cuts of the rows, so that a causal product skips most of the upper triangle
-_NOISE = 0.25  # measured: errors are 5 to 20 times smaller than eps |kernel| |input|
+_NOISE = 0.25  # with it the estimate is 0.2 to 3 times the worst row that was measured
 
 
 class Problem(NamedTuple):
