@@ -364,7 +364,7 @@ def test_refusals():
 def test_certificate_of_long_padded_sequences():
     """Rows are looked at in groups of as many columns as they see: the same distances."""
     n = 1100
-    q, k, v = noise(n, 2, 1, 8)
+    q, k, _ = noise(n, 2, 1, 8)
     lengths = torch.tensor([n, 700], dtype=torch.int32)
     config = dataclasses.replace(BARE, near_window=5, num_sinks=2)
     basis = conv_basis_recover(q, k, enable_gqa=True, config=config, key_lengths=lengths)

@@ -73,10 +73,13 @@ def convolution_profile(
         ConfigError: too few tokens or rows, or no call that can be measured.
 
     Example:
-        >>> layer = longspan.testing.models.tiny_model("llama").model
-        >>> rows = convolution_profile(layer, torch.arange(64)[None], window=4, num_sinks=1)
-        >>> sorted(rows[0])[:4]
-        ['bases_1', 'bases_16', 'bases_4', 'bases_64']
+        >>> q = torch.randn(1, 2, 64, 8)
+        >>> sdpa = torch.nn.functional.scaled_dot_product_attention
+        >>> def model(tokens):
+        ...     return sdpa(q, q, q, is_causal=True)
+        >>> rows = convolution_profile(model, torch.zeros(1, 64), window=4)
+        >>> len(rows), 0 <= rows[0]["window"] <= 1
+        (2, True)
     """
     length = tokens.shape[1]
     if length < 4 * window:
