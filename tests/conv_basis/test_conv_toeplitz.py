@@ -238,3 +238,22 @@ def test_blocks_grow_with_the_length(n):
     size = block_size(n, torch.device("cpu"))
     assert size & (size - 1) == 0
     assert size <= max(32, n)
+
+
+def test_a_few_bad_blocks_are_evaluated_alone():
+    """One early block of many has a range beyond float32; gradients of the head are in float64."""
+    n = 4096
+    lag = torch.arange(n).float()
+    kernel = torch.where(lag < 100, -17.0 + 0.17 * lag, 0.0)[None, None, None].requires_grad_()
+    value = torch.randn(1, 1, n, 4, requires_grad=True)
+    starts = torch.zeros(1, 1, 1, dtype=torch.int64)
+    out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 128)
+    assert path.tolist() == [[guard.DOUBLE]]
+    leaves = [t.detach().double().requires_grad_() for t in (kernel, value)]
+    want, want_lse = dense_toeplitz(*leaves, starts, None, n, True, 0)
+    assert ((out - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 1e-4
+    assert (lse - want_lse).abs().max() <= 1e-4
+    upstream = torch.randn_like(want)
+    grads = torch.autograd.grad(out, (kernel, value), upstream.float())
+    for got, expected in zip(grads, torch.autograd.grad(want, leaves, upstream), strict=True):
+        assert (got - expected).norm() <= 1e-4 * expected.norm()

@@ -18,6 +18,7 @@ SINGLE, DOUBLE, WEIGHT_BY_WEIGHT = 0, 1, 2  # how a problem was evaluated
 _TOLERANCE = {torch.bfloat16: 5e-4, torch.float16: 1e-4}
 _FINEST = 3e-5
 _WORK_BYTES = {"cpu": 2**22, "cuda": 3 * 2**30}  # on the CPU: one at a time, in the cache
+_FEW = 16  # at most one block in so many: evaluated weight by weight, backward in float64
 _DENSE_WEIGHTS = 2**23  # weights held at a time
 
 
@@ -42,20 +43,22 @@ def guarded_forward(
     for index in rows.tolist():
         row = rows.new_tensor([index])
         wide = problem.take(row).to(torch.float64)
-        still_bad = is_bad[row[0]].nonzero().flatten()
-        if output.dtype is not torch.float64:
+        bad = is_bad[index].nonzero().flatten()
+        is_few = bad.numel() <= is_bad.shape[1] // _FEW  # cheaper than the whole problem again
+        if output.dtype is not torch.float64 and not is_few:
             new_output, new_lse, ratio = run_forward(wide, size)
             output[row], lse[row] = new_output.to(output.dtype), new_lse.to(lse.dtype)
-            still_bad = (~(ratio[0] <= tolerance)).nonzero().flatten()
-        for a in still_bad.tolist():
+            bad = (~(ratio[0] <= tolerance)).nonzero().flatten()
+        if bad.numel() and not is_few:
             path[row] = WEIGHT_BY_WEIGHT
+        for a in bad.tolist():
             part = slice(a * size, min((a + 1) * size, problem.n_q))
             for some in _row_slices(wide, part):
                 logs = log_weights(wide, some)
                 row_lse = torch.logsumexp(logs, -1)
                 weights = torch.exp(logs - _finite(row_lse).unsqueeze(-1))
-                output[row[0], some] = (weights @ wide.value)[0].to(output.dtype)
-                lse[row[0], some] = row_lse[0].to(lse.dtype)
+                output[index, some] = (weights @ wide.value)[0].to(output.dtype)
+                lse[index, some] = row_lse[0].to(lse.dtype)
     return output, lse, path
 
 
