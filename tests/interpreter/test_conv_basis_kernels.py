@@ -43,3 +43,11 @@ def test_empty_and_length_one():
     q = torch.randn(0, 2, 5, 8)
     lengths = torch.zeros(0, dtype=torch.int64)
     assert search_starts(q, q, lengths, 1.0, config).shape == (0, 2, 3)
+
+
+def test_the_threshold_shrinks_with_the_entries_that_are_left():
+    """The last column has one entry: it is compared with an eighth of the threshold."""
+    q, k, _ = planted(60, [0, 59], heads=1, dtype=torch.float32)
+    change = 0.25 * float((q[0, 0, 59] @ k[0, 0, 59] - q[0, 0, 0] @ k[0, 0, 0]).abs())
+    config = ConvBasisConfig(num_bases=2, probe_length=8, threshold=8 * 0.9 * change, noise=0.0)
+    assert search_starts(q, k, torch.tensor([60]), 0.25, config).tolist() == [[[0, 59]]]
