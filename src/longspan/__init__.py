@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from ._explain import Explanation, explain
     from ._front import attention
     from ._merge import merge, merge_stick_breaking
+    from .conv_basis.api import (
+        conv_basis_apply,
+        conv_basis_attention,
+        conv_basis_attention_varlen,
+        conv_basis_attention_with_lse,
+        conv_basis_check,
+        conv_basis_recover,
+    )
+    from .conv_basis.basis import ConvBasis, ConvBasisStats
+    from .conv_basis.config import ConvBasisConfig
+    from .conv_basis.toeplitz import toeplitz_attention, toeplitz_attention_with_lse
     from .errors import (
         ConfigError,
         LongspanError,
@@ -48,6 +59,17 @@ _LAZY = {
     "attention": "_front",
     "merge": "_merge",
     "merge_stick_breaking": "_merge",
+    "ConvBasis": "conv_basis.basis",
+    "ConvBasisConfig": "conv_basis.config",
+    "ConvBasisStats": "conv_basis.basis",
+    "conv_basis_apply": "conv_basis.api",
+    "conv_basis_attention": "conv_basis.api",
+    "conv_basis_attention_varlen": "conv_basis.api",
+    "conv_basis_attention_with_lse": "conv_basis.api",
+    "conv_basis_check": "conv_basis.api",
+    "conv_basis_recover": "conv_basis.api",
+    "toeplitz_attention": "conv_basis.toeplitz",
+    "toeplitz_attention_with_lse": "conv_basis.toeplitz",
     "ConfigError": "errors",
     "LongspanError": "errors",
     "LongspanWarning": "errors",
@@ -85,6 +107,9 @@ _SUBMODULES = ("hf", "mechanisms", "models", "nn", "testing")
 __all__ = [
     "AttentionOutput",
     "ConfigError",
+    "ConvBasis",
+    "ConvBasisConfig",
+    "ConvBasisStats",
     "ExactConfig",
     "Explanation",
     "Impl",
@@ -103,6 +128,12 @@ __all__ = [
     "WindowState",
     "__version__",
     "attention",
+    "conv_basis_apply",
+    "conv_basis_attention",
+    "conv_basis_attention_varlen",
+    "conv_basis_attention_with_lse",
+    "conv_basis_check",
+    "conv_basis_recover",
     "exact_attention",
     "exact_attention_varlen",
     "exact_attention_with_lse",
@@ -115,6 +146,8 @@ __all__ = [
     "stick_breaking_attention_stats",
     "stick_breaking_attention_varlen",
     "stick_breaking_attention_with_remainder",
+    "toeplitz_attention",
+    "toeplitz_attention_with_lse",
     "window_attention",
     "window_attention_varlen",
     "window_attention_with_lse",

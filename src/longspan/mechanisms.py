@@ -118,6 +118,15 @@ _TABLE = (
         state_name="StickBreakingState",
         has_triton=True,
     ),
+    Mechanism(
+        name="conv_basis",
+        summary="scores as few Toeplitz matrices, by FFT; heads unlike that fall back to exact",
+        paper="arXiv:2405.05219",
+        package="conv_basis",
+        config_name="ConvBasisConfig",
+        is_causal_only=True,
+        has_triton=True,
+    ),
 )
 
 MECHANISMS: dict[str, Mechanism] = {mechanism.name: mechanism for mechanism in _TABLE}

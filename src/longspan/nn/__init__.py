@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .stick_breaking import StickBreakingAttention
+    from .toeplitz import ToeplitzAttention
 
-_LAZY = {"StickBreakingAttention": "stick_breaking"}
+_LAZY = {"StickBreakingAttention": "stick_breaking", "ToeplitzAttention": "toeplitz"}
 
-__all__ = ["StickBreakingAttention"]
+__all__ = ["StickBreakingAttention", "ToeplitzAttention"]
 
 
 def __getattr__(name: str) -> Any:
