@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .._select import choose_impl
-from .._triton.launch import triton_refusal
 from .._validation import Call, validate, validate_varlen
 from .._varlen import sequence_bounds
 from ..errors import ConfigError, ShapeError, nearest_name
@@ -33,7 +32,6 @@ __all__ = [
 _NAME = "infini_attention"
 _STARTS = ("spread", "zero")
 _SPREAD = 3.0  # sigmoid from 0.05 to 0.95
-_WIDEST = 128  # head dim and value dim of the kernels
 
 
 class InfiniOutput(NamedTuple):

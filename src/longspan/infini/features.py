@@ -16,7 +16,8 @@ def features(x: Tensor, config: InfiniConfig) -> Tensor:
     """(..., D) to (..., feature_dim), in float32 (float64 for float64 inputs)."""
     wide = x if x.dtype is torch.float64 else x.float()
     if config.update == "gated_delta":
-        return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(_TINIEST)
+        size: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return wide / size.clamp_min(_TINIEST)
     if config.feature_map == "dpfp":
         return _dpfp(wide)
     return elu_plus_one(wide)

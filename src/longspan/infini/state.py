@@ -182,4 +182,5 @@ class InfiniState(NamedTuple):
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def _map(self, function: Any) -> InfiniState:
-        return self._replace(**{name: function(t) for name, t in self._tensors().items()})
+        made: dict[str, Any] = {name: function(t) for name, t in self._tensors().items()}
+        return self._replace(**made)

@@ -47,16 +47,16 @@ def has_memory(call: InfiniCall, segment: int, count: int) -> Tensor:
 def _mixed(call: InfiniCall, part: Part, memory: Tensor, normaliser: Tensor) -> Tensor:
     config, wide = call.config, wide_dtype(call.query.dtype)
     local = local_attention(call, part)
-    if call.starts_empty and config.first_segment == "local":
-        if part.segment + part.count - 1 <= config.lag:  # nothing to read: exactly local
-            return local
+    unread = call.starts_empty and part.segment + part.segments - 1 <= config.lag
+    if unread and config.first_segment == "local":
+        return local
     last = memory.shape[2] - 1
     first = min(max(part.segment - config.lag, 0), last)
-    held = slice(first, min(first + part.count, last + 1))
+    held = slice(first, min(first + part.segments, last + 1))
     batch, heads = call.query.shape[:2]
     kv_heads = max(call.key.shape[1], 1)
     rows = slice(part.start, part.stop)
-    shape = (batch, kv_heads, heads // kv_heads, part.count, -1)
+    shape = (batch, kv_heads, heads // kv_heads, part.segments, -1)
     phi = features(call.memory_query[:, :, rows], config)
     phi = phi.reshape(*shape, phi.shape[-1])
     read = phi @ memory[:, :, held].unsqueeze(2)
@@ -67,7 +67,6 @@ def _mixed(call: InfiniCall, part: Part, memory: Tensor, normaliser: Tensor) -> 
     gate = torch.sigmoid(call.gate).reshape(kv_heads, -1, 1, 1, 1)
     mixed = gate * read + (1 - gate) * near
     if config.first_segment == "local":
-        seen = has_memory(call, part.segment, part.count)[:, None, None, :, None, None]
+        seen = has_memory(call, part.segment, part.segments)[:, None, None, :, None, None]
         mixed = torch.where(seen, mixed, near)
     return mixed.reshape(local.shape).to(local.dtype)
-

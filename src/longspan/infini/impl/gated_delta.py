@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .parts import split_axis
+
 __all__ = ["gated_delta_maps"]
 
 _RUN = 64
@@ -32,8 +34,9 @@ def gated_delta_maps(
         key, value = pad(key, (0, 0, 0, missing)), pad(value, (0, 0, 0, missing))
         write_gate, log_decay = pad(write_gate, (0, missing)), pad(log_decay, (0, missing))
     runs = key.shape[3] // run
-    key, value = (t.unflatten(3, (runs, run)) for t in (key, value))
-    write_gate, log_decay = (t.unflatten(3, (runs, run)) for t in (write_gate, log_decay))
+    key, value, write_gate, log_decay = (
+        split_axis(t, 3, runs, run) for t in (key, value, write_gate, log_decay)
+    )
     maps, added = _run_maps(key, value, write_gate, log_decay)
     while maps.shape[3] > 1:  # (B, H, S, runs, D, D): compose neighbours
         count = maps.shape[3]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..call import InfiniCall, wide_dtype
 from ..features import features
 from .gated_delta import gated_delta_maps
+from .parts import split_axis
 
 __all__ = ["States", "divide", "memory_states"]
 
@@ -81,7 +82,7 @@ def _cut(tensor: Tensor, count: int, length: int) -> Tensor:
     missing = count * length - tensor.shape[2]
     if missing:
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, missing))
-    return tensor.unflatten(2, (count, length))
+    return split_axis(tensor, 2, count, length)
 
 
 def _corrected(phi: Tensor, normaliser: Tensor) -> Tensor:

@@ -10,19 +10,19 @@ from torch import Tensor
 from ...exact.api import exact_attention
 from ..call import InfiniCall
 
-__all__ = ["Part", "local_attention", "needed_states", "plan", "unsegment"]
+__all__ = ["Part", "local_attention", "needed_states", "plan", "split_axis"]
 
 
 class Part(NamedTuple):
-    """Rows start .. stop of the query: `count` whole segments, or a piece of one.
+    """Rows start .. stop of the query: whole segments from `segment` on, or a piece of one.
 
-    whole: the rows and their local keys are complete segments, so they are a batch of `count`.
+    whole: the rows and their local keys are complete segments, so they are a batch.
     """
 
     start: int
     stop: int
     segment: int
-    count: int
+    segments: int
     whole: bool
 
 
@@ -53,7 +53,7 @@ def needed_states(call: InfiniCall, parts: list[Part]) -> int:
     n_k = call.key.shape[2]
     needed = max(n_k // length - lag, 0)
     if parts:
-        needed = max(needed, parts[-1].segment + parts[-1].count - 1 - lag)
+        needed = max(needed, parts[-1].segment + parts[-1].segments - 1 - lag)
     return min(needed, -(-n_k // length))
 
 
@@ -72,7 +72,7 @@ def local_attention(call: InfiniCall, part: Part) -> Tensor:
             enable_gqa=True, query_offset=part.start + call.query_offset - first,
             key_lengths=lengths,
         )  # fmt: skip
-    batch, count = query.shape[0], part.count
+    batch, count = query.shape[0], part.segments
     grouped = query.shape[1] != call.key.shape[1]
     # with as many key heads as query heads, the segments may go into the heads' axis instead
     into_heads = (
@@ -81,17 +81,19 @@ def local_attention(call: InfiniCall, part: Part) -> Tensor:
     )  # fmt: skip
 
     def cut(tensor: Tensor) -> Tensor:
-        segments = tensor.unflatten(2, (count, length))
-        if into_heads:
-            return segments.flatten(1, 2)
-        return segments.transpose(1, 2).flatten(0, 1)
+        segments = split_axis(tensor, 2, count, length)
+        merged: Tensor = (
+            segments.flatten(1, 2) if into_heads else segments.transpose(1, 2).flatten(0, 1)
+        )
+        return merged
 
     def cut_keys(tensor: Tensor) -> Tensor:
         tensor = tensor[:, :, first : (part.segment + count) * length]
         if lag == 0:
             return cut(tensor)
         windows = tensor.unfold(2, (lag + 1) * length, length)  # (B, H_kv, count, D, 2 N)
-        return windows.permute(0, 2, 1, 4, 3).flatten(0, 1)
+        merged: Tensor = windows.permute(0, 2, 1, 4, 3).flatten(0, 1)
+        return merged
 
     lengths = None
     if call.key_lengths is not None:
@@ -103,10 +105,12 @@ def local_attention(call: InfiniCall, part: Part) -> Tensor:
         enable_gqa=True, query_offset=lag * length, key_lengths=lengths,
     )  # fmt: skip
     if into_heads:
-        return output.unflatten(1, (query.shape[1], count)).flatten(2, 3)
-    return unsegment(output, batch, count)
+        joined: Tensor = split_axis(output, 1, query.shape[1], count).flatten(2, 3)
+    else:
+        joined = split_axis(output, 0, batch, count).transpose(1, 2).flatten(2, 3)
+    return joined
 
 
-def unsegment(tensor: Tensor, batch: int, count: int) -> Tensor:
-    """(B * count, H, N, D) to (B, H, count * N, D)."""
-    return tensor.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
+def split_axis(tensor: Tensor, axis: int, outer: int, inner: int) -> Tensor:
+    """One axis of size outer * inner as two; never a copy."""
+    return tensor.reshape(*tensor.shape[:axis], outer, inner, *tensor.shape[axis + 1 :])
