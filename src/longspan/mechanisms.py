@@ -128,6 +128,7 @@ _TABLE = (
         is_causal_only=True,
         on_pretrained=False,
         state_name="InfiniState",
+        has_triton=True,
         has_parameters=True,
     ),
 )

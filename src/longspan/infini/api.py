@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._select import choose_impl
+from .._triton.launch import triton_refusal
 from .._validation import Call, validate, validate_varlen
 from .._varlen import sequence_bounds
 from ..errors import ConfigError, ShapeError, nearest_name
@@ -15,6 +16,7 @@ from ..types import Impl, ImplReport
 from .call import InfiniCall, make_call
 from .config import InfiniConfig
 from .impl.eager import infini_eager
+from .impl.kernels import infini_triton, kernel_refusal
 from .impl.reference import infini_reference
 from .state import InfiniState
 
@@ -341,8 +343,12 @@ def initial_parameters(
 
 
 def implementations(call: Call, config: InfiniConfig) -> tuple[ImplReport, ...]:
-    """Plain torch, then the loop that defines it."""
+    """Kernels around torch's attention, plain torch, then the loop that defines it."""
+    refusal = triton_refusal(call.query) or kernel_refusal(
+        config.update, config.feature_map, call.query.shape[-1], call.value.shape[-1]
+    )
     return (
+        ImplReport(Impl.TRITON, refusal, "torch's attention on segments, one pass for the memory"),
         ImplReport(Impl.EAGER, None, "torch's attention on segments, prefix sums or a scan"),
         ImplReport(Impl.REFERENCE, None, "loop over segments"),
     )
@@ -369,6 +375,8 @@ def _run(call: InfiniCall, chosen: Impl) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(call.query.device.type, enabled=False):
         if chosen is Impl.REFERENCE:
             return infini_reference(call)
+        if chosen is Impl.TRITON:
+            return infini_triton(call)
         return infini_eager(call)
 
 
@@ -381,15 +389,15 @@ def _final_state(call: InfiniCall, memory: Tensor, normaliser: Tensor) -> Infini
         added = torch.minimum(added, call.key_lengths.to(added.dtype))
 
     def rest(tensor: Tensor | None) -> Tensor | None:
-        # a copy: a view would keep the whole sequence in memory
+        # copies: views would keep the whole sequence in memory
         return None if tensor is None else tensor[:, :, folded:].clone()
 
     key, value = rest(call.key), rest(call.value)
     assert key is not None
     assert value is not None
     return InfiniState(
-        memory=memory,
-        normaliser=normaliser,
+        memory=memory.clone(),  # a view would keep the states of all segments
+        normaliser=normaliser.clone(),
         written=call.written + added,
         key=key,
         value=value,

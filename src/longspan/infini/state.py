@@ -141,7 +141,7 @@ class InfiniState(NamedTuple):
                 f"fold, or crop to {self.folded} or more."
             )
         kept = seen - self.folded
-        made = {
+        made: dict[str, Any] = {
             name: tensor[:, :, :kept]
             for name, tensor in self._tensors().items()
             if name not in ("memory", "normaliser", "written")

@@ -1,0 +1,56 @@
+"""Infini-attention with the Triton kernels: torch's attention on segments, then one mixing pass.
+
+The local part is exact attention on a batch of segments, for which torch has the fastest kernels;
+what is ours reads keys and values once for the states, and queries and local outputs once for the
+mix.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..call import InfiniCall
+from ..ops import infini_mix, infini_states
+from .eager import assemble
+from .memory import memory_states
+from .parts import local_attention, needed_states, plan
+
+__all__ = ["infini_triton", "kernel_refusal"]
+
+_WIDEST = 128
+
+
+def infini_triton(call: InfiniCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, H, N_q, D_v), and memory and normaliser after the last segment to be folded."""
+    config, n_k = call.config, call.key.shape[2]
+    parts = plan(call)
+    local = assemble(call, [local_attention(call, part) for part in parts])
+    count = needed_states(call, parts)
+    if config.update == "linear":
+        memory, normaliser = infini_states(
+            call.memory_key, call.value, call.memory, call.normaliser, call.key_lengths,
+            config.segment_length, count,
+        )  # fmt: skip
+    else:
+        memory, normaliser = memory_states(call, count)
+    unread = not parts or parts[-1].segment + parts[-1].segments - 1 <= config.lag
+    if config.first_segment == "gated" or not (call.starts_empty and unread):
+        local = infini_mix(
+            call.memory_query, local, memory, normaliser, call.gate, call.written,
+            call.key_lengths, config.segment_length, config.lag, call.query_offset, n_k,
+            config.first_segment == "local",
+        )  # fmt: skip
+    folded = max(n_k // config.segment_length - config.lag, 0)
+    return local, memory[:, :, folded], normaliser[:, :, folded]
+
+
+def kernel_refusal(update: str, feature_map: str, head_dim: int, value_dim: int) -> str | None:
+    """Why the kernels cannot run a call of this kind; None if they can."""
+    if update == "gated_delta":
+        return "update='gated_delta' has no Triton kernel"
+    if feature_map != "elu":
+        return f"feature_map={feature_map!r} has no Triton kernel; only 'elu' has one"
+    for label, dim in (("head dim", head_dim), ("value dim", value_dim)):
+        if dim > _WIDEST or dim % 8:
+            return f"{label} {dim}; the Triton kernels take multiples of 8 up to {_WIDEST}"
+    return None
