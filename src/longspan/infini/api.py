@@ -345,7 +345,7 @@ def initial_parameters(
 def implementations(call: Call, config: InfiniConfig) -> tuple[ImplReport, ...]:
     """Kernels around torch's attention, plain torch, then the loop that defines it."""
     refusal = triton_refusal(call.query) or kernel_refusal(
-        config.update, config.feature_map, call.query.shape[-1], call.value.shape[-1]
+        config, call.query.dtype, call.query.device, call.query.shape[-1], call.value.shape[-1]
     )
     return (
         ImplReport(Impl.TRITON, refusal, "torch's attention on segments, one pass for the memory"),

@@ -147,9 +147,7 @@ def infini_mix_bwd(
     from .impl.triton.mix import Layout, mix_backward
 
     layout = Layout(length, lag, query_offset, n_k, local_first)
-    return mix_backward(
-        grad, query, local, memory, normaliser, gate, written, key_lengths, layout
-    )
+    return mix_backward(grad, query, local, memory, normaliser, gate, written, key_lengths, layout)
 
 
 @infini_mix_bwd.register_fake

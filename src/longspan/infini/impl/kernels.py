@@ -7,9 +7,12 @@ mix.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..._triton.launch import interpreting
 from ..call import InfiniCall
+from ..config import InfiniConfig
 from ..ops import infini_mix, infini_states
 from .eager import assemble
 from .memory import memory_states
@@ -18,6 +21,8 @@ from .parts import local_attention, needed_states, plan
 __all__ = ["infini_triton", "kernel_refusal"]
 
 _WIDEST = 128
+_NARROW = 64
+_SHARED = 150 * 1024  # bytes that the widest tiles take
 
 
 def infini_triton(call: InfiniCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +49,13 @@ def infini_triton(call: InfiniCall) -> tuple[Tensor, Tensor, Tensor]:
     return local, memory[:, :, folded], normaliser[:, :, folded]
 
 
-def kernel_refusal(update: str, feature_map: str, head_dim: int, value_dim: int) -> str | None:
+def kernel_refusal(
+    config: InfiniConfig, dtype: torch.dtype, device: torch.device, head_dim: int, value_dim: int
+) -> str | None:
     """Why the kernels cannot run a call of this kind; None if they can."""
+    update, feature_map = config.update, config.feature_map
+    if dtype is torch.float32 and not interpreting():
+        return "query is torch.float32; the Triton kernels take float16 and bfloat16"
     if update == "gated_delta":
         return "update='gated_delta' has no Triton kernel"
     if feature_map != "elu":
@@ -53,4 +63,12 @@ def kernel_refusal(update: str, feature_map: str, head_dim: int, value_dim: int)
     for label, dim in (("head dim", head_dim), ("value dim", value_dim)):
         if dim > _WIDEST or dim % 8:
             return f"{label} {dim}; the Triton kernels take multiples of 8 up to {_WIDEST}"
+    if max(head_dim, value_dim) > _NARROW and device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        room = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009 (not in its stub)
+        if room < _SHARED:
+            return (
+                f"the device has {room} bytes of shared memory a block; head dims over {_NARROW} "
+                f"need {_SHARED} (A100, H100 and later)"
+            )
     return None

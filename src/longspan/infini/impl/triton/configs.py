@@ -10,38 +10,46 @@ import torch
 
 from ...._triton.launch import KernelConfig
 
-__all__ = ["TILES", "mix_bwd_config", "mix_config", "sums_bwd_config", "sums_config"]
+__all__ = [
+    "TILES",
+    "memory_bwd_config",
+    "mix_bwd_config",
+    "mix_config",
+    "sums_bwd_config",
+    "sums_config",
+]
 
 TILES = 4  # tiles of rows that one program of the forward mix takes, to load the memory once
 
 
+# [head dims up to 64, head dims up to 128]
+_SUMS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 2))
+_SUMS_BWD = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 64, 8, 1))
+_MIX = (KernelConfig(64, 0, 4, 2), KernelConfig(64, 0, 8, 2))
+_MIX_BWD = (KernelConfig(64, 0, 4, 1), KernelConfig(32, 0, 8, 1))
+_MEMORY_BWD = (KernelConfig(32, 0, 4, 2), KernelConfig(32, 0, 8, 2))
+
+
 def sums_config(dim: int, value_dim: int, dtype: torch.dtype) -> KernelConfig:
     """block_n: keys of a step."""
-    wide = max(dim, value_dim) > 64
-    if dtype is torch.float32:
-        return KernelConfig(0, 32, 8 if wide else 4, 2)
-    return KernelConfig(0, 64, 8 if wide else 4, 2)
+    return _SUMS[max(dim, value_dim) > 64]
 
 
 def sums_bwd_config(dim: int, value_dim: int, dtype: torch.dtype) -> KernelConfig:
     """block_n: keys of a step."""
-    wide = max(dim, value_dim) > 64
-    if dtype is torch.float32:
-        return KernelConfig(0, 32, 8 if wide else 4, 1)
-    return KernelConfig(0, 64, 8 if wide else 4, 2)
+    return _SUMS_BWD[max(dim, value_dim) > 64]
 
 
 def mix_config(dim: int, value_dim: int, dtype: torch.dtype) -> KernelConfig:
     """block_m: rows of a tile."""
-    wide = max(dim, value_dim) > 64
-    if dtype is torch.float32:
-        return KernelConfig(32, 0, 8 if wide else 4, 1)
-    return KernelConfig(64, 0, 8 if wide else 4, 2)
+    return _MIX[max(dim, value_dim) > 64]
 
 
 def mix_bwd_config(dim: int, value_dim: int, dtype: torch.dtype) -> KernelConfig:
+    """block_m: rows of a tile."""
+    return _MIX_BWD[max(dim, value_dim) > 64]
+
+
+def memory_bwd_config(dim: int, value_dim: int, dtype: torch.dtype) -> KernelConfig:
     """block_m: rows of a step."""
-    wide = max(dim, value_dim) > 64
-    if dtype is torch.float32:
-        return KernelConfig(16, 0, 8 if wide else 4, 1)
-    return KernelConfig(32 if wide else 64, 0, 8 if wide else 4, 1)
+    return _MEMORY_BWD[max(dim, value_dim) > 64]

@@ -4,8 +4,8 @@ out = g sigma(q) M / (sigma(q) z) + (1 - g) local. Backward, with dA = g dO, U =
 w = -(U . read): dsigma(q) = U M^T + w z^T, dM = sigma(q)^T U, dz = sigma(q)^T w,
 dlocal = (1 - g) dO, dgate = g (1 - g) sum dO . (read - local). The read is computed again.
 
-dtypes float16, bfloat16, float32; head dims up to 128; grouped heads; sm_80 and later;
-deterministic: one program of the backward owns a segment of a key head.
+dtypes float16 and bfloat16 (float32 where interpreted); head dims up to 128; grouped heads; sm_80
+and later; deterministic: one program owns the gradient of a segment's memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import KernelConfig, interpreting, pick
-from .configs import TILES, mix_bwd_config, mix_config
+from .configs import TILES, memory_bwd_config, mix_bwd_config, mix_config
 from .tiles import (
     block_dim,
     full_grid,
@@ -110,70 +110,107 @@ def _infini_mix_kernel(
 @triton.jit(do_not_specialize=["n_q", "n_k", "query_offset", "first", "segments", "last"])
 def _infini_mix_bwd_kernel(
     q_ptr, local_ptr, m_ptr, z_ptr, gate_ptr, written_ptr, lengths_ptr, do_ptr,
-    dq_ptr, dlocal_ptr, dm_ptr, dz_ptr, dgate_ptr,
+    dq_ptr, dlocal_ptr, share_ptr, w_ptr, dgate_ptr,
     stride_qb, stride_qh, stride_qn, stride_lb, stride_lh, stride_ln,
     stride_ob, stride_oh, stride_on,
     heads, kv_heads, n_q, n_k, query_offset, first, segments, last, length, lag,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, LOCAL_FIRST: tl.constexpr, HALF: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one key head: all its rows, head after head of the group."""
-    index = (tl.program_id(0) % segments).to(tl.int64)
-    segment = first + index
-    b = (tl.program_id(0) // segments // kv_heads).to(tl.int64)
-    kv = (tl.program_id(0) // segments % kv_heads).to(tl.int64)
+    """Gradients of the rows, and g / den and w of each row for the gradient of the memory."""
+    runs = tl.cdiv(length, BLOCK_M * TILES)
+    run = tl.program_id(0) % runs
+    rest = tl.program_id(0) // runs
+    segment = first + (rest % segments).to(tl.int64)
+    b = (rest // segments // heads).to(tl.int64)
+    h = (rest // segments % heads).to(tl.int64)
     start = segment * length - query_offset
     low = tl.maximum(start, 0)
     high = tl.minimum(start + length, n_q)
+    begin = start + run * BLOCK_M * TILES
+    if (begin >= high) | (begin + BLOCK_M * TILES <= low):
+        return
+    slot, g = _place(segment, b, h, kv_heads, last, written_ptr, lengths_ptr, gate_ptr, n_k,
+                     length, lag, GROUP, HAS_LENGTHS, LOCAL_FIRST)  # fmt: skip
     cols_d, cols_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    inside_d = cols_d < DIM
-    slot, _ = _place(segment, b, kv * GROUP, kv_heads, last, written_ptr, lengths_ptr, gate_ptr,
-                     n_k, length, lag, GROUP, HAS_LENGTHS, LOCAL_FIRST)  # fmt: skip
-    m = load_rows(m_ptr + slot * DIM * VALUE_DIM, VALUE_DIM, cols_d, inside_d, cols_v, VALUE_DIM,
-                  False)  # fmt: skip
-    z = tl.load(z_ptr + slot * DIM + cols_d, mask=inside_d, other=0.0)
+    m = load_rows(m_ptr + slot * DIM * VALUE_DIM, VALUE_DIM, cols_d, cols_d < DIM, cols_v,
+                  VALUE_DIM, False)  # fmt: skip
+    z = tl.load(z_ptr + slot * DIM + cols_d, mask=cols_d < DIM, other=0.0)
+    q_ptr += b * stride_qb + h * stride_qh
+    local_ptr += b * stride_lb + h * stride_lh
+    do_ptr += b * stride_ob + h * stride_oh
+    out = (b * heads + h) * n_q
+    dgate = tl.zeros([BLOCK_M], tl.float32)
+    for i in range(0, TILES):
+        rows = begin + i * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (rows >= low) & (rows < high)
+        do = load_rows(do_ptr, stride_on, rows, inside, cols_v, VALUE_DIM, UPCAST).to(tl.float32)
+        store_rows(dlocal_ptr + out * VALUE_DIM, VALUE_DIM, rows, inside, cols_v, (1.0 - g) * do,
+                   VALUE_DIM)  # fmt: skip
+        q = load_rows(q_ptr, stride_qn, rows, inside, cols_d, DIM, UPCAST).to(tl.float32)
+        f = phi(q, inside, cols_d, DIM)
+        if HALF:
+            f = f.to(tl.bfloat16).to(tl.float32)
+        den = tl.sum(f * z[None, :], 1)
+        inverse = tl.where(den > 0, 1.0 / tl.where(den > 0, den, 1.0), 0.0)
+        read = split_dot(f, m, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), HALF, False, True)
+        read = read * inverse[:, None]
+        near = load_rows(local_ptr, stride_ln, rows, inside, cols_v, VALUE_DIM, UPCAST)
+        dgate += tl.sum(do * (read - near.to(tl.float32)), 1)
+        u = do * (g * inverse)[:, None]
+        if HALF:  # w from the same u as the products: their errors cancel as they do
+            u = u.to(tl.bfloat16).to(tl.float32)
+        w = -tl.sum(u * read, 1)
+        df = split_dot(u, tl.trans(m), w[:, None] * z[None, :], HALF, False, True)
+        dq = df * tl.where(q > 0, 1.0, f)
+        store_rows(dq_ptr + out * DIM, DIM, rows, inside, cols_d, dq, DIM)
+        tl.store(share_ptr + out + rows, g * inverse, mask=inside)
+        tl.store(w_ptr + out + rows, w, mask=inside)
+    tl.store(dgate_ptr + ((b * heads + h) * segments + segment - first) * runs + run,
+             tl.sum(dgate, 0))  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_q", "query_offset", "first", "segments"])
+def _infini_memory_bwd_kernel(
+    q_ptr, do_ptr, share_ptr, w_ptr, dm_ptr, dz_ptr,
+    stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
+    heads, kv_heads, n_q, query_offset, first, segments, length,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dM = sigma(Q)^T U and dz = sigma(Q)^T w of one segment of one key head, over its group."""
+    index = (tl.program_id(0) % segments).to(tl.int64)
+    b = (tl.program_id(0) // segments // kv_heads).to(tl.int64)
+    kv = (tl.program_id(0) // segments % kv_heads).to(tl.int64)
+    start = (first + index) * length - query_offset
+    low = tl.maximum(start, 0)
+    high = tl.minimum(start + length, n_q)
+    cols_d, cols_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     dm = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
     dz = tl.zeros([BLOCK_D], tl.float32)
     for j in range(0, GROUP):
         h = kv * GROUP + j
-        _, g = _place(segment, b, h, kv_heads, last, written_ptr, lengths_ptr, gate_ptr, n_k,
-                      length, lag, GROUP, HAS_LENGTHS, LOCAL_FIRST)  # fmt: skip
-        dgate = tl.zeros([BLOCK_M], tl.float32)
+        out = (b * heads + h) * n_q
         for begin in range(low, high, BLOCK_M):
             rows = begin + tl.arange(0, BLOCK_M)
             inside = rows < high
             q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qn, rows, inside, cols_d,
-                          DIM, UPCAST).to(tl.float32)  # fmt: skip
-            near = load_rows(local_ptr + b * stride_lb + h * stride_lh, stride_ln, rows, inside,
-                             cols_v, VALUE_DIM, UPCAST).to(tl.float32)  # fmt: skip
+                          DIM, UPCAST)  # fmt: skip
             do = load_rows(do_ptr + b * stride_ob + h * stride_oh, stride_on, rows, inside,
                            cols_v, VALUE_DIM, UPCAST).to(tl.float32)  # fmt: skip
-            out = (b * heads + h) * n_q
-            store_rows(dlocal_ptr + out * VALUE_DIM, VALUE_DIM, rows, inside, cols_v,
-                       (1.0 - g) * do, VALUE_DIM)  # fmt: skip
+            share = tl.load(share_ptr + out + rows, mask=inside, other=0.0)
+            w = tl.load(w_ptr + out + rows, mask=inside, other=0.0)
             f = phi(q, inside, cols_d, DIM)
             if HALF:
                 f = f.to(tl.bfloat16).to(tl.float32)
-            den = tl.sum(f * z[None, :], 1)
-            inverse = tl.where(den > 0, 1.0 / tl.where(den > 0, den, 1.0), 0.0)
-            read = split_dot(f, m, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), HALF, False, True)
-            read = read * inverse[:, None]
-            dgate += tl.sum(do * (read - near), 1)
-            u = do * (g * inverse)[:, None]
-            if HALF:  # w from the same u as the product: their errors cancel as they do
-                u = u.to(tl.bfloat16).to(tl.float32)
-            w = -tl.sum(u * read, 1)
-            df = split_dot(u, tl.trans(m), w[:, None] * z[None, :], HALF, False, True)
-            dq = df * tl.where(q > 0, 1.0, f)
-            store_rows(dq_ptr + out * DIM, DIM, rows, inside, cols_d, dq, DIM)
-            dm = split_dot(tl.trans(f), u, dm, HALF, False, False)
+            dm = split_dot(tl.trans(f), do * share[:, None], dm, HALF, False, False)
             dz += tl.sum(f * w[:, None], 0)
-        tl.store(dgate_ptr + (b * heads + h) * segments + index, tl.sum(dgate, 0))
     at = (b * kv_heads + kv) * segments + index
-    store_rows(dm_ptr + at * DIM * VALUE_DIM, VALUE_DIM, cols_d, inside_d, cols_v, dm, VALUE_DIM)
-    tl.store(dz_ptr + at * DIM + cols_d, dz, mask=inside_d)
+    store_rows(dm_ptr + at * DIM * VALUE_DIM, VALUE_DIM, cols_d, cols_d < DIM, cols_v, dm,
+               VALUE_DIM)  # fmt: skip
+    tl.store(dz_ptr + at * DIM + cols_d, dz, mask=cols_d < DIM)
 
 
 def mix(
@@ -204,7 +241,7 @@ def mix(
 def mix_backward(
     grad: Tensor, query: Tensor, local: Tensor, memory: Tensor, normaliser: Tensor, gate: Tensor,
     written: Tensor, key_lengths: Tensor | None, layout: Layout,
-    kernel: KernelConfig | None = None,
+    kernel: KernelConfig | None = None, memory_kernel: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, local, memory, normaliser and gate."""
     grad, query, local = kernel_input(grad), kernel_input(query), kernel_input(local)
@@ -219,22 +256,34 @@ def mix_backward(
         return dq, dlocal, *zeros
     dm = memory.new_empty((batch, kv_heads, segments, dim, value_dim))
     dz = memory.new_empty((batch, kv_heads, segments, dim))
-    dgate = memory.new_empty((batch, heads, segments))
     sizes = kernel or pick([mix_bwd_config(dim, value_dim, query.dtype)])
-    _infini_mix_bwd_kernel[full_grid(segments * batch * kv_heads)](
+    runs = triton.cdiv(layout.length, sizes.block_m * TILES)
+    dgate = memory.new_zeros((batch, heads, segments, runs))
+    share, w = (memory.new_empty((batch, heads, n_q)) for _ in range(2))
+    _infini_mix_bwd_kernel[full_grid(runs * segments * batch * heads)](
         query, local, memory.contiguous(), normaliser.contiguous(), gate, written, key_lengths,
-        grad, dq, dlocal, dm, dz, dgate, *query.stride()[:3], *local.stride()[:3],
+        grad, dq, dlocal, share, w, dgate, *query.stride()[:3], *local.stride()[:3],
         *grad.stride()[:3], heads, kv_heads, n_q, layout.n_k, layout.query_offset, first, segments,
-        slots - 1, layout.length, layout.lag,
-        **_constants(query, local, memory, key_lengths, layout, sizes),
-        **sizes.options(),
+        slots - 1, layout.length, layout.lag, TILES=TILES,
+        **_constants(query, local, memory, key_lengths, layout, sizes), **sizes.options(),
+    )  # fmt: skip
+    sizes = memory_kernel or pick([memory_bwd_config(dim, value_dim, query.dtype)])
+    constants = _constants(query, local, memory, key_lengths, layout, sizes)
+    del constants["HAS_LENGTHS"], constants["LOCAL_FIRST"]
+    _infini_memory_bwd_kernel[full_grid(segments * batch * kv_heads)](
+        query, grad, share, w, dm, dz, *query.stride()[:3], *grad.stride()[:3], heads, kv_heads,
+        n_q, layout.query_offset, first, segments, layout.length, **constants, **sizes.options(),
     )  # fmt: skip
     seen = _has_gate(layout, first, segments, written, key_lengths)  # (B, S)
-    share = torch.sigmoid(gate)
-    summed = (dgate * seen[:, None]).sum((0, 2)) * share * (1 - share)
-    return dq, dlocal, _to_slots(dm, layout, first, slots), _to_slots(
-        dz, layout, first, slots
-    ), summed
+    open_ = torch.sigmoid(gate)
+    summed = (dgate.sum(3) * seen[:, None]).sum((0, 2)) * open_ * (1 - open_)
+    return (
+        dq,
+        dlocal,
+        _to_slots(dm, layout, first, slots),
+        _to_slots(dz, layout, first, slots),
+        summed,
+    )
 
 
 def _has_gate(

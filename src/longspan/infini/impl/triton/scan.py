@@ -14,7 +14,9 @@ _BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["slots"])
-def _infini_scan_kernel(x_ptr, slots, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def _infini_scan_kernel(
+    x_ptr, slots, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr
+):
     """x[g, r] becomes the sum of x[g, .. r] (or x[g, r ..]) for BLOCK elements of one g."""
     chunks = tl.cdiv(SIZE, BLOCK)
     cols = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
 """What each segment adds to the memory, sigma(K)^T V and the sum of sigma(K), and its backward.
 
-One program per segment of a key head. dtypes float16, bfloat16, float32; head dims up to 128;
-sm_80 and later; sums in float32.
+One program per segment of a key head. dtypes float16 and bfloat16 (float32 where
+interpreted); head dims up to 128; sm_80 and later; sums in float32.
 """
 
 from __future__ import annotations
@@ -108,7 +108,11 @@ def _infini_sums_bwd_kernel(
 
 
 def segment_sums(
-    key: Tensor, value: Tensor, key_lengths: Tensor | None, length: int, segments: int,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    length: int,
+    segments: int,
     kernel: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B, H_kv, S + 1, D, D_v) and (B, H_kv, S + 1, D), float32; slot s + 1 holds segment s.
@@ -133,8 +137,14 @@ def segment_sums(
 
 
 def segment_sums_backward(
-    grad_memory: Tensor, grad_total: Tensor, key: Tensor, value: Tensor,
-    key_lengths: Tensor | None, length: int, segments: int, kernel: KernelConfig | None = None,
+    grad_memory: Tensor,
+    grad_total: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    length: int,
+    segments: int,
+    kernel: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of key and value, contiguous; zero past the last segment."""
     key, value = kernel_input(key), kernel_input(value)
