@@ -6,11 +6,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .infini import InfiniAttention, gate_parameter_groups, gate_statistics
     from .stick_breaking import StickBreakingAttention
 
-_LAZY = {"StickBreakingAttention": "stick_breaking"}
+_LAZY = {
+    "InfiniAttention": "infini",
+    "StickBreakingAttention": "stick_breaking",
+    "gate_parameter_groups": "infini",
+    "gate_statistics": "infini",
+}
 
-__all__ = ["StickBreakingAttention"]
+__all__ = [
+    "InfiniAttention",
+    "StickBreakingAttention",
+    "gate_parameter_groups",
+    "gate_statistics",
+]
 
 
 def __getattr__(name: str) -> Any:

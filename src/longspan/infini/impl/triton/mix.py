@@ -252,8 +252,8 @@ def mix_backward(
     blank = max(0, -layout.query_offset)
     dq[:, :, :blank], dlocal[:, :, :blank] = 0, 0
     if local.numel() == 0 or segments == 0:
-        zeros = (torch.zeros_like(t) for t in (memory, normaliser, gate))
-        return dq, dlocal, *zeros
+        nothing, no_total, no_gate = (torch.zeros_like(t) for t in (memory, normaliser, gate))
+        return dq, dlocal, nothing, no_total, no_gate
     dm = memory.new_empty((batch, kv_heads, segments, dim, value_dim))
     dz = memory.new_empty((batch, kv_heads, segments, dim))
     sizes = kernel or pick([mix_bwd_config(dim, value_dim, query.dtype)])
