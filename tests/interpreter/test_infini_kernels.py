@@ -50,6 +50,45 @@ def test_chunks_equal_the_whole():
     torch.testing.assert_close(state.memory, whole.final_state.memory, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("local", ["segment", "sliding"])
+@pytest.mark.parametrize("first", ["local", "gated"])
+def test_decoding(dtype, local, first, nan_scratch):
+    """Tokens one or two at a time, through folds, against the whole in float64."""
+    config = InfiniConfig(segment_length=5, local=local, first_segment=first)
+    wide = [torch.randn(2, h, 13, 8).to(dtype).double() for h in (4, 2, 2, 4, 2)]
+    gate = torch.randn(4)
+
+    def call(t, state=None, impl="triton"):
+        return infini_attention(
+            *t[:3], memory_query=t[3], memory_key=t[4], gate=gate, enable_gqa=True, config=config,
+            initial_state=state, impl=impl,
+        )  # fmt: skip
+
+    want = call(wide, impl="reference")
+    state, pieces = None, []
+    with torch.no_grad():
+        for start, stop in ((0, 1), (1, 3), (3, 4), (4, 5), (5, 7), (7, 9), (9, 10), (10, 13)):
+            result = call([t[:, :, start:stop].to(dtype) for t in wide], state)
+            state = result.final_state
+            pieces.append(result.output)
+    limit = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(torch.cat(pieces, 2).double(), want.output, rtol=limit, atol=limit)
+    torch.testing.assert_close(state.memory.double(), want.final_state.memory, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_splits_a_long_segment(nan_scratch):
+    config = InfiniConfig(segment_length=700)
+    q, k, v = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 600, 8), torch.randn(1, 1, 600, 8)
+    both = [
+        infini_attention(q, k, v, enable_gqa=True, query_offset=at, config=config, impl=impl).output
+        for impl in ("triton", "reference")
+        for at in (599, 300, 3)
+    ]
+    for a, b in zip(both[:3], both[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_same_bits_again():
     q, k, v = (torch.randn(1, 4, 40, 16, requires_grad=True) for _ in range(3))
     config = InfiniConfig(segment_length=8)

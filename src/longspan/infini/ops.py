@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .._triton.launch import interpreting
 
-__all__ = ["infini_mix", "infini_states"]
+__all__ = ["MAX_ROWS", "infini_decode", "infini_mix", "infini_states"]
+
+MAX_ROWS = 16  # query rows times heads of a group that decoding takes at once
 
 
 @torch.library.custom_op("longspan::infini_states", mutates_args=())
@@ -177,6 +179,36 @@ def _mix_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 infini_mix.register_autograd(_mix_backward, setup_context=_mix_context)
+
+
+@torch.library.custom_op("longspan::infini_decode", mutates_args=())
+def infini_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory_query: Tensor,
+    memory: Tensor,
+    normaliser: Tensor,
+    gate: Tensor,
+    written: Tensor,
+    length: int,
+    lag: int,
+    query_offset: int,
+    local_first: bool,
+    scale: float,
+) -> Tensor:
+    """Output (B, H, N_q, D_v) of a few rows of one segment; no gradients."""
+    _prepare()
+    from .impl.triton.decode import decode
+    from .impl.triton.mix import Layout
+
+    layout = Layout(length, lag, query_offset, key.shape[2], local_first)
+    return decode(query, key, value, memory_query, memory, normaliser, gate, written, layout, scale)
+
+
+@infini_decode.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_rest: Any) -> Tensor:
+    return value.new_empty((*query.shape[:3], value.shape[-1]))
 
 
 def _prepare() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..._triton.launch import interpreting
 from ..call import InfiniCall
 from ..config import InfiniConfig
-from ..ops import infini_mix, infini_states
+from ..ops import MAX_ROWS, infini_decode, infini_mix, infini_states
 from .eager import assemble
 from .memory import memory_states
 from .parts import local_attention, needed_states, plan
@@ -29,6 +29,8 @@ def infini_triton(call: InfiniCall) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, H, N_q, D_v), and memory and normaliser after the last segment to be folded."""
     config, n_k = call.config, call.key.shape[2]
     parts = plan(call)
+    if _is_decoding(call):
+        return _decode(call, needed_states(call, parts))
     local = assemble(call, [local_attention(call, part) for part in parts])
     count = needed_states(call, parts)
     if config.update == "linear":
@@ -47,6 +49,41 @@ def infini_triton(call: InfiniCall) -> tuple[Tensor, Tensor, Tensor]:
         )  # fmt: skip
     folded = max(n_k // config.segment_length - config.lag, 0)
     return local, memory[:, :, folded], normaliser[:, :, folded]
+
+
+def _is_decoding(call: InfiniCall) -> bool:
+    """Whether the rows are few, of one segment, and without gradients."""
+    n_q, length = call.query.shape[2], call.config.segment_length
+    tensors = (call.query, call.key, call.value, call.memory_query, call.memory_key, call.gate,
+               call.memory, call.normaliser)  # fmt: skip
+    return (
+        n_q > 0
+        and call.key_lengths is None
+        and call.query_offset >= 0
+        and (call.query_offset + n_q - 1) // length == call.query_offset // length
+        and n_q * (call.query.shape[1] // max(call.key.shape[1], 1)) <= MAX_ROWS
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
+
+
+def _decode(call: InfiniCall, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    config, n_k = call.config, call.key.shape[2]
+    if count == 0:
+        memory, normaliser = call.memory.unsqueeze(2), call.normaliser.unsqueeze(2)
+    elif config.update == "linear":
+        memory, normaliser = infini_states(
+            call.memory_key, call.value, call.memory, call.normaliser, None,
+            config.segment_length, count,
+        )  # fmt: skip
+    else:
+        memory, normaliser = memory_states(call, count)
+    output = infini_decode(
+        call.query, call.key, call.value, call.memory_query, memory, normaliser, call.gate,
+        call.written, config.segment_length, config.lag, call.query_offset,
+        config.first_segment == "local", call.scale,
+    )  # fmt: skip
+    folded = max(n_k // config.segment_length - config.lag, 0)
+    return output, memory[:, :, folded], normaliser[:, :, folded]
 
 
 def kernel_refusal(

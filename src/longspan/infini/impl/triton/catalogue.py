@@ -17,6 +17,7 @@ from .configs import (
     sums_bwd_config,
     sums_config,
 )
+from .decode import _BLOCK_N, _SPLIT, _infini_decode_kernel, _infini_join_kernel
 from .mix import _infini_memory_bwd_kernel, _infini_mix_bwd_kernel, _infini_mix_kernel
 from .scan import _BLOCK, _infini_scan_kernel
 from .sums import _infini_sums_bwd_kernel, _infini_sums_kernel
@@ -25,7 +26,7 @@ from .tiles import block_dim
 __all__ = ["cases"]
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-_SINGLE = ("m_ptr", "z_ptr", "dm_ptr", "dz_ptr", "gate_ptr", "dgate_ptr", "x_ptr", "share_ptr",
+_SINGLE = ("m_ptr", "z_ptr", "dm_ptr", "dz_ptr", "gate_ptr", "dgate_ptr", "x_ptr", "share_ptr", "part_ptr", "top_ptr", "sum_ptr",
            "w_ptr")  # fmt: skip
 
 
@@ -34,6 +35,7 @@ def cases(capability: int) -> list[AotCase]:
     made: list[AotCase] = []
     for dim in (64, 128):
         made.extend(_cases(dim, torch.bfloat16))
+        made.extend(_decoding(dim))
     made.append(
         AotCase(
             name="infini/scan/reverse", kernel=_infini_scan_kernel,
@@ -43,6 +45,13 @@ def cases(capability: int) -> list[AotCase]:
         )
     )  # fmt: skip
     return made
+
+
+def _decoding(dim: int) -> Iterator[AotCase]:
+    sizes = KernelConfig(16, _BLOCK_N, 4, 2)
+    yield _case(f"infini/decode/d{dim}", _infini_decode_kernel, sizes, torch.bfloat16, dim)
+    sizes = KernelConfig(16, 0, 4, 1)
+    yield _case(f"infini/join/d{dim}", _infini_join_kernel, sizes, torch.bfloat16, dim)
 
 
 def _cases(dim: int, dtype: torch.dtype) -> Iterator[AotCase]:
@@ -59,7 +68,7 @@ def _cases(dim: int, dtype: torch.dtype) -> Iterator[AotCase]:
 
 def _case(name: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: int) -> AotCase:
     known: dict[str, Any] = {
-        "lengths_ptr": None, "GROUP": 1, "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": block_dim(dim),
+        "lengths_ptr": None, "GROUP": 4, "ROWS": 16, "SPLIT": _SPLIT, "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(dim), "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n,
         "TILES": TILES, "HAS_LENGTHS": False, "LOCAL_FIRST": True,
         "HALF": True, "LOW_V": False, "UPCAST": False,
@@ -72,7 +81,7 @@ def _case(name: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: 
         if argument.endswith("_ptr"):
             signature[argument] = "*fp32" if argument in _SINGLE else _TYPES[dtype]
         else:
-            signature[argument] = "i32"
+            signature[argument] = "fp32" if argument == "scale" else "i32"
     if "written_ptr" in signature:
         signature["written_ptr"] = "*i64"
     options = sizes.options()
