@@ -79,3 +79,29 @@ def test_auto_takes_the_kernels():
     config = InfiniConfig(segment_length=64)
     got = infini_attention(q, q, q, config=config).output
     assert torch.equal(got, infini_attention(q, q, q, config=config, impl="triton").output)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_decoding_token_by_token(dtype):
+    """Through two folds, with grouped heads, against the whole in float64."""
+    torch.manual_seed(1)
+    shapes = ((4, 560), (2, 560), (2, 560), (4, 560), (2, 560))
+    wide = [torch.randn(2, h, n, 128, device="cuda").to(dtype).double() for h, n in shapes]
+    config, gate = InfiniConfig(segment_length=256), torch.randn(4, device="cuda")
+
+    def call(tensors, state=None, impl="triton"):
+        return infini_attention(
+            *tensors[:3], memory_query=tensors[3], memory_key=tensors[4], gate=gate,
+            enable_gqa=True, config=config, initial_state=state, impl=impl,
+        )  # fmt: skip
+
+    want = call(wide, impl="reference").output[:, :, 500:].float()
+    with torch.no_grad():
+        state, pieces = call([t[:, :, :500].to(dtype) for t in wide]).final_state, []
+        for i in range(500, 560, 2):
+            result = call([t[:, :, i : i + 2].to(dtype) for t in wide], state)
+            state = result.final_state
+            pieces.append(result.output)
+    got = torch.cat(pieces, 2).float()
+    limit = 1e-2 if dtype is torch.bfloat16 else 2e-3
+    assert (got - want).norm() / want.norm() < limit
