@@ -13,7 +13,7 @@ from .impl.common import make_columns
 from .index.chunks import build_chunk_index
 from .plan import ChunkIndex, Columns
 
-__all__ = ["Finished"]
+__all__ = ["Finished", "IndexCache"]
 
 
 class Finished(NamedTuple):
@@ -81,6 +81,54 @@ class Finished(NamedTuple):
             ChunkIndex(*(cut(t) for t in self.lookup)),
             Columns(*(None if t is None else cut(t) for t in self.columns)),  # type: ignore[arg-type]
         )
+
+
+class IndexCache:
+    """The finished chunks of a cache of keys that somebody else keeps, e.g. transformers.
+
+    `attach` marks the tensor that holds all keys; a call that receives this very tensor uses the
+    index instead of making it again.
+    """
+
+    _MARK = "_longspan_index_cache"
+
+    def __init__(self) -> None:
+        self.finished: Finished | None = None
+        self.made_with: tuple[HyperConfig, int] | None = None
+
+    @classmethod
+    def of_key(cls, key: Tensor) -> IndexCache | None:
+        """The cache that this tensor of keys was marked with."""
+        return getattr(key, cls._MARK, None)
+
+    def attach(self, key: Tensor) -> None:
+        """Mark the tensor (B, H_kv, N, D) of all keys."""
+        setattr(key, self._MARK, self)
+
+    def get(
+        self, key: Tensor, value: Tensor, config: HyperConfig, planes: Tensor | None, seed: int
+    ) -> Finished:
+        """Finished chunks of all keys and values so far."""
+        if self.finished is None or self.made_with != (config, seed):
+            self.finished = Finished.of(key, value, config, planes, seed)
+            self.made_with = (config, seed)
+        self.finished = self.finished.extend(key, value, config, planes, seed)
+        return self.finished
+
+    def crop(self, length: int) -> None:
+        """Keys from `length` on are gone."""
+        if self.finished is not None and self.made_with is not None:
+            most = length // self.made_with[0].chunk_size
+            self.finished = self.finished.first(min(most, self.finished.num_chunks))
+
+    def select(self, rows: Tensor) -> None:
+        """Only batch entries `rows` are left."""
+        if self.finished is not None:
+            self.finished = self.finished.select(rows.to(self.finished.lookup.order.device))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.finished = self.made_with = None
 
 
 def _index(

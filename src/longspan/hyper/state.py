@@ -13,7 +13,7 @@ from .._validation import validate
 from ..errors import ConfigError, ShapeError, UnsupportedError
 from ..types import Impl
 from .config import HyperConfig
-from .incremental import Finished
+from .incremental import Finished, IndexCache
 from .index.lsh import draw_projections
 from .plan import ChunkIndex, Columns
 
@@ -60,6 +60,12 @@ class HyperState:
     def kept_keys(cls, config: HyperConfig) -> tuple[int, int] | None:
         """How many keys a stream has to keep: None, all of them."""
         return None
+
+    @classmethod
+    def index_cache(cls, config: HyperConfig) -> IndexCache | None:
+        """What keeps the index of a key-value cache that is not ours; None if nothing can."""
+        streams = config.structure == "chunks" and config.max_error is None
+        return IndexCache() if streams else None
 
     @property
     def key(self) -> Tensor | None:
@@ -290,5 +296,5 @@ def hyper_attention_chunk(
     assert longer.finished is not None
     whole = call._replace(key=longer.key, value=longer.value)
     return HyperChunk(
-        stream_call(name, whole, state.config, state.seed, impl, longer.finished), longer
+        stream_call(name, whole, state.config, state.seed, impl, longer.finished).output, longer
     )

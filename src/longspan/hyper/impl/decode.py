@@ -19,7 +19,7 @@ MOST_QUERIES = 16
 def decode_forward(
     call: Call, config: HyperConfig, index: ChunkIndex, columns: Columns
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse of a causal call without key_lengths, like `eager.eager_forward`."""
+    """Output and lse of a causal call without key_lengths, as `eager_forward`, no gradient."""
     wide = wide_dtype(call)
     batch, heads, n_q, dim = call.query.shape
     kv_heads, width = call.key.shape[1], call.value.shape[-1]
