@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         LongspanWarning,
         MissingExtraError,
         PatchError,
+        RankError,
         ShapeError,
         UnsupportedError,
     )
@@ -53,6 +54,7 @@ _LAZY = {
     "LongspanWarning": "errors",
     "MissingExtraError": "errors",
     "PatchError": "errors",
+    "RankError": "errors",
     "ShapeError": "errors",
     "UnsupportedError": "errors",
     "exact_attention": "exact.api",
@@ -80,7 +82,7 @@ _LAZY = {
     "WindowConfig": "window.config",
     "WindowState": "window.state",
 }
-_SUBMODULES = ("hf", "mechanisms", "models", "nn", "testing")
+_SUBMODULES = ("distributed", "hf", "mechanisms", "models", "nn", "testing")
 
 __all__ = [
     "AttentionOutput",
@@ -92,6 +94,7 @@ __all__ = [
     "LongspanWarning",
     "MissingExtraError",
     "PatchError",
+    "RankError",
     "ShapeError",
     "StickBreakingChunk",
     "StickBreakingConfig",
