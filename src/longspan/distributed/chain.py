@@ -80,7 +80,7 @@ def stick_breaking_chain(
     """(output, log_rest) of this rank's queries over the keys of all ranks, remainder dropped."""
     config = dataclasses.replace(config, window=None, remainder="drop")
     plan = _Plan(group, layout, scale, config, impl)
-    return StickBreakingOutput(*_Chain.apply(*inputs, plan))
+    return StickBreakingOutput(*_Chain.apply(*inputs, plan))  # type: ignore[no-untyped-call]
 
 
 class _Chain(torch.autograd.Function):
@@ -101,7 +101,7 @@ class _Chain(torch.autograd.Function):
             for tile in walk.tiles(step):
                 if not _any_left(plan, log_rest[:, :, tile.rows]):
                     continue
-                part = _part(plan, inputs, tile, *_slices(walk, inputs, tile), logit_bias)
+                part = _part(plan, inputs, tile, _slices(walk, inputs, tile), logit_bias)
                 held = (output[:, :, tile.rows], log_rest[:, :, tile.rows])
                 merged = merge_stick_breaking([held, part])
                 counts = held[1] >= plan.spent
@@ -317,11 +317,10 @@ def _part(
     plan: _Plan,
     inputs: ChainInputs,
     tile: _Tile,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    slices: tuple[Tensor, Tensor, Tensor],
     logit_bias: Tensor | None,
 ) -> StickBreakingOutput:
+    query, key, value = slices
     return stick_breaking_attention_with_remainder(
         query,
         key,

@@ -31,4 +31,4 @@ def context_parallel_reason() -> str | None:
 
 def default_store() -> Any:
     """The key-value store that `init_process_group` met at. torch 2.11 to 2.13."""
-    return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    return dist.distributed_c10d._get_default_store()

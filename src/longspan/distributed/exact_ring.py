@@ -44,7 +44,8 @@ def exact_ring(
     `call` holds this rank's tokens; `key_lengths` counts in the whole sequence.
     """
     plan = _Plan(group, layout, call.is_causal, call.scale, backend)
-    output, lse = _ExactRing.apply(call.query, call.key, call.value, call.key_lengths, plan)
+    arguments = (call.query, call.key, call.value, call.key_lengths, plan)
+    output, lse = _ExactRing.apply(*arguments)  # type: ignore[no-untyped-call]
     return AttentionOutput(output, lse)
 
 

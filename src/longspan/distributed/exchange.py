@@ -80,10 +80,10 @@ def sequence_to_heads(
     """
     if copies > 1:
         tensor = tensor.repeat_interleave(copies, dim=1)
-    parts = tensor.unflatten(1, (group.size, -1)).movedim(1, 0)  # (size, B, H / size, n, ...)
+    parts = tensor.chunk(group.size, 1)  # of (B, H / size, n, ...)
     counts = [layout.length_of(rank) for rank in range(group.size)]
-    shapes = [(*parts.shape[1:3], count, *parts.shape[4:]) for count in counts]
-    return layout.restore(all_to_all(parts.unbind(0), shapes, group), dim=2)
+    shapes = [(*parts[0].shape[:2], count, *parts[0].shape[3:]) for count in counts]
+    return layout.restore(all_to_all(parts, shapes, group), dim=2)
 
 
 def heads_to_sequence(tensor: Tensor, group: ContextGroup, layout: SequenceLayout) -> Tensor:
@@ -132,7 +132,7 @@ def all_to_all(
     """
     if group.size == 1:
         return [parts[0]]
-    return list(_AllToAll.apply(group, tuple(shapes), *parts))
+    return list(_AllToAll.apply(group, tuple(shapes), *parts))  # type: ignore[no-untyped-call]
 
 
 class _AllToAll(torch.autograd.Function):
@@ -160,5 +160,6 @@ def _all_to_all(
             received, sent, counts, [part.numel() for part in parts], group=group.group
         )
     return tuple(
-        piece.view(shape) for piece, shape in zip(received.split(counts), shapes, strict=True)
+        piece.view(shape)
+        for piece, shape in zip(torch.split(received, counts), shapes, strict=True)
     )

@@ -150,9 +150,9 @@ def ring_attention_varlen(
         this rank, and one for each chunk that a document reaches into.
     """
     name = "ring_attention_varlen"
-    tensors = (as_batch(tensor) for tensor in (query, key, value))
-    task = _checked(name, *tensors, config, group, layout, is_causal, scale, enable_gqa, None,
-                    logit_bias, impl, packed=True)  # fmt: skip
+    query, key, value = as_batch(query), as_batch(key), as_batch(value)
+    task = _checked(name, query, key, value, config, group, layout, is_causal, scale,
+                    enable_gqa, None, logit_bias, impl, packed=True)  # fmt: skip
     return as_packed(_run(task)[0])
 
 

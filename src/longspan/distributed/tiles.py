@@ -65,7 +65,7 @@ def tiles(layout: SequenceLayout, q_rank: int, k_rank: int, is_causal: bool) -> 
                         k_start + keys.length,
                         edge,
                         (keys,),
-                    )  # fmt: skip
+                    )
                 )
             k_base += columns.length
         q_base += rows.length

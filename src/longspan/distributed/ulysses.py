@@ -133,13 +133,25 @@ def ulysses_attention_varlen(
         return as_batch(result)
 
     function.__signature__ = inspect.signature(mechanism.function_varlen)  # type: ignore[attr-defined]
-    tensors = (as_batch(tensor) for tensor in (query, key, value))
+    query, key, value = as_batch(query), as_batch(key), as_batch(value)
     settings = {
         label: as_batch(t) if isinstance(t, Tensor) and t.ndim >= 2 else t
         for label, t in settings.items()
     }
     return as_packed(
-        _run(name, function, *tensors, config, group, layout, is_causal, settings, packed=True)
+        _run(
+            name,
+            function,
+            query,
+            key,
+            value,
+            config,
+            group,
+            layout,
+            is_causal,
+            settings,
+            packed=True,
+        )
     )
 
 
