@@ -136,15 +136,11 @@ class _Chain(torch.autograd.Function):
                 left = log_rest[:, :, tile.rows]
                 if not _any_left(plan, left):
                     continue
-                leaves = [
-                    leaf.detach().requires_grad_()
-                    for leaf in (*_slices(walk, inputs, tile), bias)
-                    if leaf is not None
-                ]
+                q, k, v = (t.detach().requires_grad_() for t in _slices(walk, inputs, tile))
+                bias_leaf = None if bias is None else bias.detach().requires_grad_()
                 with torch.enable_grad():
-                    part = _part(
-                        plan, inputs, tile, *leaves[:3], leaves[3] if bias is not None else None
-                    )
+                    part = _part(plan, inputs, tile, (q, k, v), bias_leaf)
+                leaves = [q, k, v] if bias_leaf is None else [q, k, v, bias_leaf]
                 counts = left >= plan.spent
                 do_i = do[:, :, tile.rows] * torch.where(counts, left.exp(), 0.0).unsqueeze(-1)
                 farther[:, :, tile.rows] -= (do_i * part.output.detach().to(wide)).sum(-1)
