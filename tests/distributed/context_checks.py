@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from longspan.distributed import (
     SequenceLayout,
-    ring_attention,
     ring_attention_varlen,
     ring_attention_with_lse,
     ring_attention_with_remainder,
@@ -93,7 +94,7 @@ def check_ring_packed(group, config, kind, marks):
     layout = SequenceLayout(length=marks[-1], ranks=group.size, kind=kind, cu_seqlens=tuple(marks))
     q, k, v, up = inputs(marks[-1], packed=True)
     cu = torch.tensor(marks, dtype=torch.int32)
-    longest = max(b - a for a, b in zip(marks, marks[1:], strict=False))
+    longest = max(b - a for a, b in itertools.pairwise(marks))
     whole_in = leaves(q, k, v)
     mechanism = mechanism_of_config(config)
     whole = mechanism.function_varlen(*whole_in, cu, cu, longest, longest, is_causal=True,
@@ -151,7 +152,7 @@ def check_ulysses_packed(group, name, kind, marks):
     q, k, v, up = inputs(marks[-1], packed=True)
     own = settings_of(name, 4, 2, 8)
     cu = torch.tensor(marks, dtype=torch.int32)
-    longest = max(b - a for a, b in zip(marks, marks[1:], strict=False))
+    longest = max(b - a for a, b in itertools.pairwise(marks))
     whole_in = leaves(q, k, v)
     whole = mechanism.function_varlen(*whole_in, cu, cu, longest, longest, is_causal=True,
                                       enable_gqa=True, config=config, **own)  # fmt: skip

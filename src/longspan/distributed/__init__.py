@@ -19,6 +19,14 @@ if TYPE_CHECKING:
         ring_attention_with_lse,
         ring_attention_with_remainder,
     )
+    from .sharding import (
+        IGNORED,
+        ShardedBatch,
+        global_mean,
+        next_token_targets,
+        shard_batch,
+    )
+    from .spread import SCHEMES, attend_across_ranks, spread_transformer
     from .ulysses import ulysses_attention, ulysses_attention_varlen
 
 _LAZY = {
@@ -31,20 +39,36 @@ _LAZY = {
     "ring_attention_varlen": "ring",
     "ring_attention_with_lse": "ring",
     "ring_attention_with_remainder": "ring",
+    "IGNORED": "sharding",
+    "ShardedBatch": "sharding",
+    "global_mean": "sharding",
+    "next_token_targets": "sharding",
+    "shard_batch": "sharding",
+    "SCHEMES": "spread",
+    "attend_across_ranks": "spread",
+    "spread_transformer": "spread",
     "ulysses_attention": "ulysses",
     "ulysses_attention_varlen": "ulysses",
 }
 
 __all__ = [
+    "IGNORED",
     "LAYOUT_KINDS",
+    "SCHEMES",
     "ContextGroup",
     "SequenceLayout",
+    "ShardedBatch",
     "Span",
+    "attend_across_ranks",
     "gather_sequence",
+    "global_mean",
+    "next_token_targets",
     "ring_attention",
     "ring_attention_varlen",
     "ring_attention_with_lse",
     "ring_attention_with_remainder",
+    "shard_batch",
+    "spread_transformer",
     "ulysses_attention",
     "ulysses_attention_varlen",
 ]

@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chunked_mlp import ChunkedMLP
     from .stick_breaking import StickBreakingAttention
 
-_LAZY = {"StickBreakingAttention": "stick_breaking"}
+_LAZY = {"ChunkedMLP": "chunked_mlp", "StickBreakingAttention": "stick_breaking"}
 
-__all__ = ["StickBreakingAttention"]
+__all__ = ["ChunkedMLP", "StickBreakingAttention"]
 
 
 def __getattr__(name: str) -> Any:
