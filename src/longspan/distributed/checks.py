@@ -29,17 +29,16 @@ def check_local(
     group: ContextGroup,
     layout: SequenceLayout,
     tensors: Mapping[str, Tensor],
-    dim: int = 2,
 ) -> None:
-    """Every tensor holds this rank's tokens."""
+    """Every tensor is (B, H, n, D) with this rank's n tokens."""
     check_layout(name, group, layout)
     count = layout.length_of(group.rank)
     for label, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.ndim <= dim or tensor.shape[dim] != count:
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or tensor.shape[2] != count:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ShapeError(
-                f"{name}: {label} is {got}; on rank {group.rank} it must have {count} tokens "
-                f"along axis {dim}, its share of {layout.length} in a {layout.kind} layout. Use "
+                f"{name}: {label} is {got}; on rank {group.rank} it must be (B, H, {count}, D), its "
+                f"share of {layout.length} tokens in a {layout.kind} layout. Use "
                 "SequenceLayout.split."
             )
 

@@ -51,11 +51,14 @@ def attend_across_ranks(
     if scheme == "state_passing":
         from .state_passing import infini_attention_across_ranks
 
-        return infini_attention_across_ranks(query, key, value, config=config, **common).output
+        passed: Tensor = infini_attention_across_ranks(
+            query, key, value, config=config, **common
+        ).output
+        return passed
     if layout.cu_seqlens is None:
         dense: Any = ring_attention if scheme == "ring" else ulysses_attention
         result = dense(query, key, value, config, **common)
-        return result if isinstance(result, Tensor) else result.output  # type: ignore[no-any-return]
+        return result if isinstance(result, Tensor) else result.output
     packed: Any = ring_attention_varlen if scheme == "ring" else ulysses_attention_varlen
     common.pop("key_lengths", None)
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -105,7 +108,7 @@ def spread_transformer(
     rotation = model._rotation
     try:
         for block in model.blocks:  # type: ignore[union-attr]
-            attention: Any = block.attention  # type: ignore[union-attr]
+            attention: Any = block.attention
             before.append((attention, attention.mechanism))
             attention.mechanism = _AcrossRanks(attention.mechanism, scheme, settings)
         model._rotation = lambda positions: rotation(  # type: ignore[operator,assignment]
