@@ -33,7 +33,7 @@ def check_early_stop(group, kind, share=1e-3):
     part = run(*mine_in)
     error = (part.output - layout.split(full.output, group.rank, 2)).abs().amax()
     assert error <= share * v.abs().amax()
-    if kind == "contiguous" and group.size > 2:
+    if kind == "contiguous" and group.size > 2 and group.rank == group.size - 1:
         assert error > 0  # something was left out ...
         assert part.output.grad_fn.num_steps < layout.num_chunks  # ... and not even sent
     rest = layout.split(full.log_rest, group.rank, 2)

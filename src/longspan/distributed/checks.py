@@ -37,8 +37,8 @@ def check_local(
         if not isinstance(tensor, Tensor) or tensor.ndim != 4 or tensor.shape[2] != count:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ShapeError(
-                f"{name}: {label} is {got}; on rank {group.rank} it must be (B, H, {count}, D), its "
-                f"share of {layout.length} tokens in a {layout.kind} layout. Use "
+                f"{name}: {label} is {got}; on rank {group.rank} it must be (B, H, {count}, D), "
+                f"its share of {layout.length} tokens in a {layout.kind} layout. Use "
                 "SequenceLayout.split."
             )
 

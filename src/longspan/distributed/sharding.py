@@ -142,7 +142,7 @@ def global_mean(
     process_group = context.group if context is not None else group
     wide = torch.float64 if total.dtype is torch.float64 else torch.float32
     both = torch.stack([total.detach().to(torch.float64), count.detach().to(torch.float64)])
-    dist.all_reduce(both, group=process_group)  # type: ignore[arg-type]
+    dist.all_reduce(both, group=process_group)
     mean, tokens = both[0] / both[1], both[1]
     ranks = dist.get_world_size(process_group) if reduction == "mean" else 1  # type: ignore[arg-type]
     share = total.to(wide) * (ranks / tokens).to(wide)
