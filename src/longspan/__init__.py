@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     )
     from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
     from .exact.config import ExactConfig
+    from .infini.api import (
+        InfiniOutput,
+        infini_attention,
+        infini_attention_chunk,
+        infini_attention_varlen,
+    )
+    from .infini.config import InfiniConfig
+    from .infini.state import InfiniState
     from .sdpa import patched_sdpa
     from .stick_breaking.api import (
         StickBreakingOutput,
@@ -63,6 +71,12 @@ _LAZY = {
     "ExactConfig": "exact.config",
     "Explanation": "_explain",
     "explain": "_explain",
+    "InfiniConfig": "infini.config",
+    "InfiniOutput": "infini.api",
+    "InfiniState": "infini.state",
+    "infini_attention": "infini.api",
+    "infini_attention_chunk": "infini.api",
+    "infini_attention_varlen": "infini.api",
     "patched_sdpa": "sdpa",
     "StickBreakingChunk": "stick_breaking.state",
     "StickBreakingConfig": "stick_breaking.config",
@@ -90,6 +104,9 @@ __all__ = [
     "ExactConfig",
     "Explanation",
     "Impl",
+    "InfiniConfig",
+    "InfiniOutput",
+    "InfiniState",
     "LongspanError",
     "LongspanWarning",
     "MissingExtraError",
@@ -110,6 +127,9 @@ __all__ = [
     "exact_attention_varlen",
     "exact_attention_with_lse",
     "explain",
+    "infini_attention",
+    "infini_attention_chunk",
+    "infini_attention_varlen",
     "merge",
     "merge_stick_breaking",
     "patched_sdpa",

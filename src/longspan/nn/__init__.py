@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chunked_mlp import ChunkedMLP
+    from .infini import InfiniAttention, gate_parameter_groups, gate_statistics
     from .stick_breaking import StickBreakingAttention
 
-_LAZY = {"ChunkedMLP": "chunked_mlp", "StickBreakingAttention": "stick_breaking"}
+_LAZY = {
+    "ChunkedMLP": "chunked_mlp",
+    "InfiniAttention": "infini",
+    "StickBreakingAttention": "stick_breaking",
+    "gate_parameter_groups": "infini",
+    "gate_statistics": "infini",
+}
 
-__all__ = ["ChunkedMLP", "StickBreakingAttention"]
+__all__ = [
+    "ChunkedMLP",
+    "InfiniAttention",
+    "StickBreakingAttention",
+    "gate_parameter_groups",
+    "gate_statistics",
+]
 
 
 def __getattr__(name: str) -> Any:
