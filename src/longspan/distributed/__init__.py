@@ -27,10 +27,12 @@ if TYPE_CHECKING:
         shard_batch,
     )
     from .spread import SCHEMES, attend_across_ranks, spread_transformer
+    from .state_passing import infini_attention_across_ranks
     from .ulysses import ulysses_attention, ulysses_attention_varlen
 
 _LAZY = {
     "gather_sequence": "exchange",
+    "infini_attention_across_ranks": "state_passing",
     "ContextGroup": "group",
     "LAYOUT_KINDS": "layout",
     "SequenceLayout": "layout",
@@ -62,6 +64,7 @@ __all__ = [
     "attend_across_ranks",
     "gather_sequence",
     "global_mean",
+    "infini_attention_across_ranks",
     "next_token_targets",
     "ring_attention",
     "ring_attention_varlen",

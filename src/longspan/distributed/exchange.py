@@ -13,17 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .group import ContextGroup
-from .layout import SequenceLayout
+from .layout import SequenceLayout, Span
 
 __all__ = [
     "Message",
     "Transfer",
     "all_to_all",
+    "fetch_rows",
     "gather_ranks",
     "gather_sequence",
     "heads_to_sequence",
     "sequence_to_heads",
     "start_transfer",
+    "take_rows",
+    "tie",
 ]
 
 
@@ -119,6 +122,74 @@ def gather_ranks(tensor: Tensor, group: ContextGroup) -> Tensor:
     """(size, ...): the tensors of all ranks, of one shape, in order of rank; differentiable."""
     shapes = [tuple(tensor.shape)] * group.size
     return torch.stack(all_to_all([tensor] * group.size, shapes, group))
+
+
+def fetch_rows(
+    tensor: Tensor,
+    group: ContextGroup,
+    layout: SequenceLayout,
+    wanted: tuple[tuple[Span, ...], ...],
+) -> Tensor:
+    """Chosen tokens from wherever they are; differentiable.
+
+    Args:
+        tensor: (B, H, n, ...), this rank's tokens.
+        wanted: for every rank the tokens it gets: disjoint spans, in order.
+
+    Returns:
+        (B, H, m, ...): the tokens of `wanted[group.rank]`, in order.
+    """
+    held = layout.spans(group.rank)
+    sent, shapes, came = [], [], []
+    for other in range(group.size):
+        rows = [take_rows(tensor, held, span) for span in _common(held, wanted[other])]
+        sent.append(torch.cat(rows, 2) if rows else tensor[:, :, :0])
+        spans = _common(layout.spans(other), wanted[group.rank])
+        shapes.append((*tensor.shape[:2], sum(s.length for s in spans), *tensor.shape[3:]))
+        came += spans
+    received = torch.cat(all_to_all(sent, shapes, group), 2)
+    if came == sorted(came):
+        return received
+    index = torch.cat([torch.arange(a, b, device=tensor.device) for a, b in came])
+    return received.index_select(2, torch.argsort(index))
+
+
+def take_rows(tensor: Tensor, held: tuple[Span, ...], wanted: Span) -> Tensor:
+    """The rows of `wanted`, which lies in one of the spans that the tensor holds; a view."""
+    base = 0
+    for span in held:
+        if span.start <= wanted.start and wanted.stop <= span.stop:
+            first = base + wanted.start - span.start
+            return tensor[:, :, first : first + wanted.length]
+        base += span.length
+    raise AssertionError(f"{wanted} is not in {held}")
+
+
+def tie(tensor: Tensor, *others: Tensor) -> Tensor:
+    """`tensor`, whose backward also reaches `others`, with zeros.
+
+    An exchange has a backward on every rank or on none: where a rank does not use what came, its
+    result is tied to it.
+    """
+    return _Tie.apply(tensor, *others)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
+        ctx.like = [(other.shape, other.dtype, other.device) for other in others]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros(s, dtype=d, device=where) for s, d, where in ctx.like)
+        return grad, *zeros
+
+
+def _common(held: tuple[Span, ...], wanted: tuple[Span, ...]) -> list[Span]:
+    """Their intersection, in order."""
+    both = [Span(max(a.start, b.start), min(a.stop, b.stop)) for a in held for b in wanted]
+    return sorted(span for span in both if span.length > 0)
 
 
 def all_to_all(

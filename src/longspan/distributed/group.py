@@ -259,4 +259,6 @@ def _is_exchange(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
-    return any(word in text for word in ("gloo", "nccl", "connection", "timed out", "socket"))
+    return any(
+        word in text for word in ("gloo", "nccl", "connection", "timed out", "timeout", "socket")
+    )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .exchange import all_to_all
+from .exchange import fetch_rows, take_rows, tie
 from .group import ContextGroup
 from .layout import SequenceLayout, Span
 from .tiles import local_lengths
@@ -110,11 +110,14 @@ def neighbour_attention(
     Returns:
         (output (B, H, n, D_v), log (B, H, n)).
     """
-    fetched = fetched_rows(layout, group.rank, reach)
-    k, v = (fetch_rows(tensor, group, layout, reach) for tensor in (key, value))
+    wanted = tuple(fetched_rows(layout, rank, reach) for rank in range(group.size))
+    fetched = wanted[group.rank]
+    k, v = (fetch_rows(tensor, group, layout, wanted) for tensor in (key, value))
 
     def cut(tensor: Tensor, piece: Piece) -> Tensor:
-        parts = [_slice(tensor, fetched, span) for span in (piece.first, piece.near) if span.length]
+        parts = [
+            take_rows(tensor, fetched, span) for span in (piece.first, piece.near) if span.length
+        ]
         return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
     outputs, logs = [], []
@@ -126,57 +129,6 @@ def neighbour_attention(
         logs.append(log)
     if not outputs:
         empty = query.new_zeros((*query.shape[:3], value.shape[-1]))
-        empty = empty + 0 * (query.sum() + k.sum() + v.sum())  # this rank's backward must run, too
+        empty = tie(empty, query, k, v)
         return empty, empty.sum(-1)
     return torch.cat(outputs, 2), torch.cat(logs, 2)
-
-
-def fetch_rows(tensor: Tensor, group: ContextGroup, layout: SequenceLayout, reach: Reach) -> Tensor:
-    """(B, H_kv, m, .): the rows of `fetched_rows`, from this rank's (B, H_kv, n, .)."""
-    if group.size == 1:
-        fetched = fetched_rows(layout, 0, reach)
-        return (
-            torch.cat([tensor[:, :, a:b] for a, b in fetched], 2) if fetched else tensor[:, :, :0]
-        )
-    sent, shapes = [], []
-    for other in range(group.size):
-        wanted = _common(layout.spans(group.rank), fetched_rows(layout, other, reach))
-        spans = [_slice(tensor, layout.spans(group.rank), span) for span in wanted]
-        sent.append(torch.cat(spans, 2) if spans else tensor[:, :, :0])
-        coming = _common(layout.spans(other), fetched_rows(layout, group.rank, reach))
-        count = sum(span.length for span in coming)
-        shapes.append((*tensor.shape[:2], count, tensor.shape[3]))
-    received = torch.cat(all_to_all(sent, shapes, group), 2)
-    order = _arrival_order(layout, group.rank, reach, received.device)
-    return received if order is None else received.index_select(2, order)
-
-
-def _arrival_order(
-    layout: SequenceLayout, rank: int, reach: Reach, device: torch.device
-) -> Tensor | None:
-    """Where each wanted row is among those that came; None if they came in order."""
-    spans = [
-        span
-        for other in range(layout.ranks)
-        for span in _common(layout.spans(other), fetched_rows(layout, rank, reach))
-    ]
-    if spans == sorted(spans):
-        return None
-    came = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
-    return torch.argsort(came)
-
-
-def _common(held: tuple[Span, ...], wanted: tuple[Span, ...]) -> list[Span]:
-    """Their intersection, in order."""
-    both = [Span(max(a.start, b.start), min(a.stop, b.stop)) for a in held for b in wanted]
-    return sorted(span for span in both if span.length > 0)
-
-
-def _slice(tensor: Tensor, held: tuple[Span, ...], wanted: Span) -> Tensor:
-    """The rows of `wanted`, which lies in one of the spans that the tensor holds."""
-    base = 0
-    for span in held:
-        if span.start <= wanted.start and wanted.stop <= span.stop:
-            return tensor[:, :, base + wanted.start - span.start :][:, :, : wanted.length]
-        base += span.length
-    raise AssertionError(f"{wanted} is not in {held}")
