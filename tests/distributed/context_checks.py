@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
+from longspan import InfiniConfig, UnsupportedError, infini_attention
 from longspan.distributed import (
     SequenceLayout,
     ring_attention_varlen,
@@ -51,9 +53,10 @@ def compare(group, layout, whole, parts, upstreams, dim=2, shared=()):
     for got, want in zip(mine, results, strict=True):
         torch.testing.assert_close(got, layout.split(want, group.rank, dim), **TOLERANCE)
     extra_whole, extra_mine = ([pair[i] for pair in shared] for i in (0, 1))
-    wanted = torch.autograd.grad(results, leaves_whole + extra_whole, upstreams)
+    settings = {"allow_unused": True, "materialize_grads": True}
+    wanted = torch.autograd.grad(results, leaves_whole + extra_whole, upstreams, **settings)
     shares = [layout.split(up, group.rank, dim) for up in upstreams]
-    got = torch.autograd.grad(mine, leaves_mine + extra_mine, shares)
+    got = torch.autograd.grad(mine, leaves_mine + extra_mine, shares, **settings)
     count = len(leaves_whole)
     for g, w in zip(got[:count], wanted[:count], strict=True):
         torch.testing.assert_close(g, layout.split(w, group.rank, dim), **TOLERANCE)
@@ -160,3 +163,45 @@ def check_ulysses_packed(group, name, kind, marks):
     mine = ulysses_attention_varlen(*mine_in, config, group=group, layout=layout, is_causal=True,
                                     enable_gqa=True, **own)  # fmt: skip
     compare(group, layout, ([whole], whole_in), ([mine], mine_in), [up], dim=0)
+
+
+def check_ulysses_infini(group, kv_heads):
+    """A second call with the state of the first: each rank holds the state of its heads."""
+    config = InfiniConfig(segment_length=5, update="delta")
+    gate = torch.tensor([-1.0, 0.5, 2.0, 0.0], dtype=torch.float64)
+    whole_state = mine_state = None
+    for length, seed in ((17, 3), (22, 4)):
+        layout = SequenceLayout(length=length, ranks=group.size)
+        tensors = inputs(length, kv_heads=kv_heads, seed=seed)[:3]
+        tokens = inputs(length, kv_heads=kv_heads, seed=seed + 7)[:2]
+        call = {"config": config, "gate": gate, "enable_gqa": True, "is_causal": True}
+        whole_in = leaves(*tensors, *tokens)
+        whole = infini_attention(*whole_in[:3], memory_query=whole_in[3], memory_key=whole_in[4],
+                                 initial_state=whole_state, **call)  # fmt: skip
+        mine_in = leaves(*(layout.split(t, group.rank, 2) for t in (*tensors, *tokens)))
+        mine = ulysses_attention(
+            *mine_in[:3], call["config"], group=group, layout=layout, is_causal=True,
+            enable_gqa=True, gate=gate, memory_query=mine_in[3], memory_key=mine_in[4],
+            initial_state=mine_state,
+        )  # fmt: skip
+        up = inputs(length, seed=9)[3]
+        compare(group, layout, ([whole.output], whole_in), ([mine.output], mine_in), [up])
+        whole_state, mine_state = whole.final_state.detach(), mine.final_state.detach()
+        parts = whole_state.memory.tensor_split(min(group.size, kv_heads), 1)
+        share = parts[group.rank * len(parts) // group.size]
+        torch.testing.assert_close(mine_state.memory, share, **TOLERANCE)
+
+
+def check_head_offset(group):
+    """A function that draws per head is told which heads it has, or refused."""
+    from longspan.distributed.ulysses import _extra
+
+    def drawing(query, key, value, *, seed=0, head_offset=0):
+        raise NotImplementedError
+
+    def careless(query, key, value, *, seed=0):
+        raise NotImplementedError
+
+    assert _extra("f", drawing, group, 8) == {"head_offset": 8 // group.size * group.rank}
+    with pytest.raises(UnsupportedError, match="careless draws random numbers"):
+        _extra("f", careless, group, 8)

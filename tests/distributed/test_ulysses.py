@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from context_checks import check_ulysses, check_ulysses_packed
+import torch
+from context_checks import (
+    check_head_offset,
+    check_ulysses,
+    check_ulysses_infini,
+    check_ulysses_packed,
+)
 
+from longspan import StickBreakingConfig
 from longspan.mechanisms import MECHANISMS
 
 NAMES = sorted(MECHANISMS)
@@ -24,3 +31,21 @@ def test_ulysses_equals_one_process(ranks, name, kind, length, kv_heads, lengths
 @pytest.mark.parametrize("name", [name for name in NAMES if MECHANISMS[name].has_varlen])
 def test_packed_documents(ranks, name):
     ranks.run(check_ulysses_packed, name=name, kind="zigzag", marks=[0, 5, 5, 18, 19, 33])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_states_and_per_token_arguments_of_infini(ranks, kv_heads):
+    ranks.run(check_ulysses_infini, kv_heads=kv_heads)
+
+
+def test_per_head_arguments_and_settings(ranks):
+    bias = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64)
+    ranks.run(
+        check_ulysses, name="stick_breaking", kind="zigzag", length=21, kv_heads=2,
+        settings={"logit_bias": bias, "scale": 0.3},
+        config=StickBreakingConfig(remainder="value", window=7),
+    )  # fmt: skip
+
+
+def test_random_draws_follow_the_heads(two_ranks):
+    two_ranks.run(check_head_offset)
