@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         LongspanWarning,
         MissingExtraError,
         PatchError,
+        RankError,
         ShapeError,
         UnsupportedError,
     )
@@ -86,6 +87,7 @@ _LAZY = {
     "LongspanWarning": "errors",
     "MissingExtraError": "errors",
     "PatchError": "errors",
+    "RankError": "errors",
     "ShapeError": "errors",
     "UnsupportedError": "errors",
     "exact_attention": "exact.api",
@@ -125,7 +127,7 @@ _LAZY = {
     "WindowConfig": "window.config",
     "WindowState": "window.state",
 }
-_SUBMODULES = ("hf", "mechanisms", "models", "nn", "testing")
+_SUBMODULES = ("distributed", "hf", "mechanisms", "models", "nn", "testing")
 
 __all__ = [
     "AttentionOutput",
@@ -145,6 +147,7 @@ __all__ = [
     "LongspanWarning",
     "MissingExtraError",
     "PatchError",
+    "RankError",
     "ShapeError",
     "StickBreakingChunk",
     "StickBreakingConfig",

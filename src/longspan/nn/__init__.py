@@ -6,11 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chunked_mlp import ChunkedMLP
     from .infini import InfiniAttention, gate_parameter_groups, gate_statistics
     from .stick_breaking import StickBreakingAttention
     from .toeplitz import ToeplitzAttention
 
 _LAZY = {
+    "ChunkedMLP": "chunked_mlp",
     "InfiniAttention": "infini",
     "StickBreakingAttention": "stick_breaking",
     "ToeplitzAttention": "toeplitz",
@@ -19,6 +21,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "ChunkedMLP",
     "InfiniAttention",
     "StickBreakingAttention",
     "ToeplitzAttention",
