@@ -24,6 +24,7 @@ from .tiles import (
     LN2,
     LOG2E,
     block_dim,
+    cut,
     grid_of,
     kernel_input,
     kernel_settings,
@@ -33,6 +34,7 @@ from .tiles import (
     run_bounds,
     sequence_of,
     store_tile,
+    tiles_of,
     upcasts,
     visible,
 )
@@ -66,7 +68,7 @@ def _accumulate(
         j = start + offs_n
         if KIND == "sink":
             s = tl.where((j < limit)[None, :], s, float("-inf"))
-        elif KIND == "masked":
+        elif KIND == "masked":  # noqa: SIM114 (known at compile time, is_full is not)
             s = tl.where(visible(p, j, n_k, window, num_sinks, IS_CAUSAL), s, float("-inf"))
         elif not is_full:
             s = tl.where(visible(p, j, n_k, window, num_sinks, IS_CAUSAL), s, float("-inf"))
@@ -185,14 +187,14 @@ def triton_forward(
     if cu_seqlens_q is not None:
         entries, rows, keys = len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
     if output.numel() == 0 or rows == 0 or keys == 0:
-        return output[..., : call.value.shape[-1]].zero_(), lse.fill_(float("-inf"))
+        return cut(output, call.value.shape[-1]).zero_(), lse.fill_(float("-inf"))
     scale = call.scale
     if scale == 0.0:  # -inf * 0 is NaN
         query, scale = torch.zeros_like(query), 1.0
     sizes = kernel or pick(
         [forward_config(dim, value_dim, query.dtype, shared_class(query.device))]
     )
-    grid = grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)
+    grid = grid_of(tiles_of(rows, sizes.block_m), entries, heads)
     _window_fwd_kernel[grid](
         query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, call.key_lengths,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
@@ -205,4 +207,4 @@ def triton_forward(
         FLIP=scale < 0, UPCAST=upcasts(query.dtype, interpreting()), ONE_LOOP=sizes.is_one_loop,
         **sizes.options(),
     )  # fmt: skip
-    return output[..., : call.value.shape[-1]].contiguous(), lse
+    return cut(output, call.value.shape[-1]), lse
