@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     )
     from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
     from .exact.config import ExactConfig
+    from .hyper.api import hyper_attention, hyper_attention_varlen, hyper_attention_with_lse
+    from .hyper.config import HyperConfig
+    from .hyper.state import HyperState, hyper_attention_chunk
     from .infini.api import (
         InfiniOutput,
         infini_attention,
@@ -91,6 +94,12 @@ _LAZY = {
     "ExactConfig": "exact.config",
     "Explanation": "_explain",
     "explain": "_explain",
+    "hyper_attention": "hyper.api",
+    "hyper_attention_varlen": "hyper.api",
+    "hyper_attention_with_lse": "hyper.api",
+    "HyperConfig": "hyper.config",
+    "HyperState": "hyper.state",
+    "hyper_attention_chunk": "hyper.state",
     "InfiniConfig": "infini.config",
     "InfiniOutput": "infini.api",
     "InfiniState": "infini.state",
@@ -126,6 +135,8 @@ __all__ = [
     "ConvBasisStats",
     "ExactConfig",
     "Explanation",
+    "HyperConfig",
+    "HyperState",
     "Impl",
     "InfiniConfig",
     "InfiniOutput",
@@ -155,6 +166,10 @@ __all__ = [
     "exact_attention_varlen",
     "exact_attention_with_lse",
     "explain",
+    "hyper_attention",
+    "hyper_attention_chunk",
+    "hyper_attention_varlen",
+    "hyper_attention_with_lse",
     "infini_attention",
     "infini_attention_chunk",
     "infini_attention_varlen",

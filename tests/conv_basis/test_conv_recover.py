@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from conv_cases import as_scores, planted
 
+from conv_cases import as_scores, planted
 from longspan import ConvBasisConfig, ShapeError, conv_basis_recover
 from longspan.conv_basis.impl.recover import recover_starts, shifted_columns
 from longspan.conv_basis.impl.reference import (

@@ -80,7 +80,7 @@ def block_size(n: int, device: torch.device) -> int:
         return 32
     if device.type == "cpu":
         return 128 if n <= 12288 else 256 if n <= 50000 else 512 if n <= 200000 else 1024
-    return 256 if n <= 12288 else 512 if n <= 50000 else 1024 if n <= 400000 else 2048
+    return 256 if n <= 50000 else 512 if n <= 200000 else 1024 if n <= 400000 else 2048
 
 
 def run_forward(problem: Problem, block: int) -> tuple[Tensor, Tensor, Tensor]:
