@@ -49,15 +49,10 @@ def test_small_shapes(case, nan_scratch):
 ODD = Case(340, 340, heads=6, kv_heads=1, dim=20, value_dim=5, transposed=True, window=90)
 
 
-@pytest.mark.parametrize("case", [ODD, LARGE[0], LARGE[1], LARGE[4], LARGE[6]], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [ODD, LARGE[0], LARGE[4]], ids=lambda c: c.id)
 @pytest.mark.parametrize(
     "kernel",
-    [
-        KernelConfig(64, 64, 4, 3),
-        KernelConfig(64, 64, 4, 3, None, True),
-        KernelConfig(128, 32, 8, 4, 128, True),
-        KernelConfig(128, 64, 8, 3, None, True),
-    ],
+    [KernelConfig(64, 64, 4, 3, None, True), KernelConfig(128, 32, 8, 4, 128, True)],
 )
 def test_forward_of_each_kind_of_configuration(kernel, case):
     q, k, v = make_qkv(case.batch, case.heads, case.n_q, case.dim, n_k=case.n_k,
