@@ -6,6 +6,8 @@ every run. `benchmarks/window.py --tune` times others.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ...._triton.launch import KernelConfig, interpreting
@@ -80,8 +82,11 @@ _SINGLE_KEY = {
 
 def shared_class(device: torch.device) -> str:
     """ "large" (H100 and later data centre), "medium" (A100) or "small" (other) shared memory."""
-    if interpreting():
-        return "large"
+    return "large" if interpreting() else _class_of(device)
+
+
+@functools.cache  # a call takes 5 us
+def _class_of(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     limit = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009 (absent in its stub)
     return "large" if limit > _LARGE else "medium" if limit > _MEDIUM else "small"
