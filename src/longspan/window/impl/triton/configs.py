@@ -32,7 +32,7 @@ _LARGE, _MEDIUM = 200 * 1024, 150 * 1024
 # on an H100 (large); the others are chosen by registers and shared memory, see resources.json.
 _FORWARD = {
     ("large", 64): KernelConfig(64, 64, 4, 3),
-    ("large", 128): KernelConfig(64, 64, 4, 3),
+    ("large", 128): KernelConfig(128, 32, 8, 4, 128, True),
     ("large", 256): KernelConfig(64, 64, 8, 2),
     ("medium", 64): KernelConfig(64, 64, 4, 3),
     ("medium", 128): KernelConfig(64, 32, 4, 2),
