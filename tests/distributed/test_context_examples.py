@@ -77,13 +77,13 @@ def test_training_resumes_on_four_ranks_with_other_schemes(tmp_path):
     assert sorted(got) == [2, 3]
     assert_alike(got, want)
     infini = ["--mechanism", "infini", "--settings", '{"segment_length": 16}']
+    infini += ["--scheme", "state_passing", "--layout", "contiguous", "--multiple", 16]
     want = losses(start(1, "train_long_context.py", *TINY, "--steps", 2, *infini))
-    got = losses(start(2, "train_long_context.py", *TINY, "--steps", 2, *infini, "--cp", 2,
-                       "--scheme", "state_passing", "--layout", "contiguous", "--multiple",
-                       16))  # fmt: skip
+    got = losses(start(2, "train_long_context.py", *TINY, "--steps", 2, *infini, "--cp", 2))
     assert_alike(got, want)
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_one_rank(tmp_path):
     from longspan.testing.models import save_tiny_model
 
