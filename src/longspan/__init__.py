@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from ._explain import Explanation, explain
     from ._front import attention
     from ._merge import merge, merge_stick_breaking
+    from .conv_basis.api import (
+        conv_basis_apply,
+        conv_basis_attention,
+        conv_basis_attention_varlen,
+        conv_basis_attention_with_lse,
+        conv_basis_check,
+        conv_basis_recover,
+    )
+    from .conv_basis.basis import ConvBasis, ConvBasisStats
+    from .conv_basis.config import ConvBasisConfig
+    from .conv_basis.toeplitz import toeplitz_attention, toeplitz_attention_with_lse
     from .errors import (
         ConfigError,
         LongspanError,
@@ -26,6 +37,9 @@ if TYPE_CHECKING:
     )
     from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
     from .exact.config import ExactConfig
+    from .hyper.api import hyper_attention, hyper_attention_varlen, hyper_attention_with_lse
+    from .hyper.config import HyperConfig
+    from .hyper.state import HyperState, hyper_attention_chunk
     from .infini.api import (
         InfiniOutput,
         infini_attention,
@@ -57,6 +71,17 @@ _LAZY = {
     "attention": "_front",
     "merge": "_merge",
     "merge_stick_breaking": "_merge",
+    "ConvBasis": "conv_basis.basis",
+    "ConvBasisConfig": "conv_basis.config",
+    "ConvBasisStats": "conv_basis.basis",
+    "conv_basis_apply": "conv_basis.api",
+    "conv_basis_attention": "conv_basis.api",
+    "conv_basis_attention_varlen": "conv_basis.api",
+    "conv_basis_attention_with_lse": "conv_basis.api",
+    "conv_basis_check": "conv_basis.api",
+    "conv_basis_recover": "conv_basis.api",
+    "toeplitz_attention": "conv_basis.toeplitz",
+    "toeplitz_attention_with_lse": "conv_basis.toeplitz",
     "ConfigError": "errors",
     "LongspanError": "errors",
     "LongspanWarning": "errors",
@@ -71,6 +96,12 @@ _LAZY = {
     "ExactConfig": "exact.config",
     "Explanation": "_explain",
     "explain": "_explain",
+    "hyper_attention": "hyper.api",
+    "hyper_attention_varlen": "hyper.api",
+    "hyper_attention_with_lse": "hyper.api",
+    "HyperConfig": "hyper.config",
+    "HyperState": "hyper.state",
+    "hyper_attention_chunk": "hyper.state",
     "InfiniConfig": "infini.config",
     "InfiniOutput": "infini.api",
     "InfiniState": "infini.state",
@@ -101,8 +132,13 @@ _SUBMODULES = ("distributed", "hf", "mechanisms", "models", "nn", "testing")
 __all__ = [
     "AttentionOutput",
     "ConfigError",
+    "ConvBasis",
+    "ConvBasisConfig",
+    "ConvBasisStats",
     "ExactConfig",
     "Explanation",
+    "HyperConfig",
+    "HyperState",
     "Impl",
     "InfiniConfig",
     "InfiniOutput",
@@ -123,10 +159,20 @@ __all__ = [
     "WindowState",
     "__version__",
     "attention",
+    "conv_basis_apply",
+    "conv_basis_attention",
+    "conv_basis_attention_varlen",
+    "conv_basis_attention_with_lse",
+    "conv_basis_check",
+    "conv_basis_recover",
     "exact_attention",
     "exact_attention_varlen",
     "exact_attention_with_lse",
     "explain",
+    "hyper_attention",
+    "hyper_attention_chunk",
+    "hyper_attention_varlen",
+    "hyper_attention_with_lse",
     "infini_attention",
     "infini_attention_chunk",
     "infini_attention_varlen",
@@ -138,6 +184,8 @@ __all__ = [
     "stick_breaking_attention_stats",
     "stick_breaking_attention_varlen",
     "stick_breaking_attention_with_remainder",
+    "toeplitz_attention",
+    "toeplitz_attention_with_lse",
     "window_attention",
     "window_attention_varlen",
     "window_attention_with_lse",

@@ -107,6 +107,14 @@ _TABLE = (
         has_triton=True,
     ),
     Mechanism(
+        name="hyper",
+        summary="far keys only where an index finds large scores, centroids for the rest",
+        paper="arXiv:2310.05869",
+        package="hyper",
+        config_name="HyperConfig",
+        state_name="HyperState",
+    ),
+    Mechanism(
         name="stick_breaking",
         summary="keys take shares of a stick, nearest first: no positions, exact, early stop",
         paper="arXiv:2410.17980",
@@ -116,6 +124,15 @@ _TABLE = (
         is_causal_only=True,
         on_pretrained=False,
         state_name="StickBreakingState",
+        has_triton=True,
+    ),
+    Mechanism(
+        name="conv_basis",
+        summary="scores as few Toeplitz matrices, by FFT; heads unlike that fall back to exact",
+        paper="arXiv:2405.05219",
+        package="conv_basis",
+        config_name="ConvBasisConfig",
+        is_causal_only=True,
         has_triton=True,
     ),
     Mechanism(

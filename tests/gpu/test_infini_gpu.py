@@ -30,6 +30,11 @@ def assert_close_in_norm(case: Case, dtype: torch.dtype, limit: float) -> None:
     for name, actual, oracle in zip(NAMES, got, want, strict=True):
         scale = float(oracle.detach().norm()) or 1.0
         distance = float((actual.detach().double() - oracle.detach()).norm()) / scale
+        if name == "dgate":  # a sum of n * D_v terms that cancel: as far off as plain torch
+            plain = run(case, "eager", dtype, dtype, "cuda")[NAMES.index(name)]
+            off = float((plain.detach().double() - oracle.detach()).norm()) / scale
+            assert distance <= max(limit, 2 * off), f"{name}: {distance:.2e}, eager {off:.2e}"
+            continue
         assert distance <= limit, f"{name}: {distance:.2e}"
 
 

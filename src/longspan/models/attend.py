@@ -112,7 +112,8 @@ class CausalAttention:
     def stream(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next tokens (B, H, n, D) after `state` (None at the start); the state after them."""
         if self.chunk is not None:
-            output, state = self.chunk(query, key, value, state, **self.settings)
+            random = self.random if "seed" in inspect.signature(self.chunk).parameters else {}
+            output, state = self.chunk(query, key, value, state, **self.settings, **random)
             return output, state
         if state is not None:
             key = torch.cat((state.key, key), dim=2)

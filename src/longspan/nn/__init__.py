@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from .chunked_mlp import ChunkedMLP
     from .infini import InfiniAttention, gate_parameter_groups, gate_statistics
     from .stick_breaking import StickBreakingAttention
+    from .toeplitz import ToeplitzAttention
 
 _LAZY = {
     "ChunkedMLP": "chunked_mlp",
     "InfiniAttention": "infini",
     "StickBreakingAttention": "stick_breaking",
+    "ToeplitzAttention": "toeplitz",
     "gate_parameter_groups": "infini",
     "gate_statistics": "infini",
 }
@@ -22,6 +24,7 @@ __all__ = [
     "ChunkedMLP",
     "InfiniAttention",
     "StickBreakingAttention",
+    "ToeplitzAttention",
     "gate_parameter_groups",
     "gate_statistics",
 ]

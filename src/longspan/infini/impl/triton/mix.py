@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import KernelConfig, interpreting, pick
-from .configs import TILES, memory_bwd_config, mix_bwd_config, mix_config
+from .configs import TILES, major_of, memory_bwd_config, mix_bwd_config, mix_config
 from .tiles import (
     block_dim,
     full_grid,
@@ -226,7 +226,9 @@ def mix(
     output[:, :, : max(0, -layout.query_offset)] = 0
     if output.numel() == 0 or segments == 0:
         return output
-    sizes = kernel or pick([mix_config(query.shape[-1], local.shape[-1], query.dtype)])
+    sizes = kernel or pick(
+        [mix_config(query.shape[-1], local.shape[-1], query.dtype, major_of(query.device))]
+    )
     runs = triton.cdiv(layout.length, sizes.block_m * TILES)
     _infini_mix_kernel[full_grid(runs * segments * batch * heads)](
         query, local, memory.contiguous(), normaliser.contiguous(), gate, written, key_lengths,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import KernelConfig, interpreting, pick
-from .configs import sums_bwd_config, sums_config
+from .configs import major_of, sums_bwd_config, sums_config
 from .tiles import (
     block_dim,
     full_grid,
@@ -127,7 +127,7 @@ def segment_sums(
     programs = batch * heads * segments
     if programs == 0:
         return memory, total
-    sizes = kernel or pick([sums_config(dim, value_dim, key.dtype)])
+    sizes = kernel or pick([sums_config(dim, value_dim, key.dtype, major_of(key.device))])
     _infini_sums_kernel[full_grid(programs)](
         key, value, key_lengths, memory, total, *key.stride()[:3], *value.stride()[:3],
         heads, n_k, segments, length, **_constants(key, value, key_lengths, sizes),
