@@ -64,7 +64,17 @@ def compare(group, layout, whole, parts, upstreams, dim=2, shared=()):
         torch.testing.assert_close(sum_over_ranks(g), w, **TOLERANCE)
 
 
-def check_ring(group, config, kind, length, is_causal=True, lengths=None, bias=False, kv_heads=2):
+def check_ring(
+    group,
+    config,
+    kind,
+    length,
+    is_causal=True,
+    lengths=None,
+    bias=False,
+    kv_heads=2,
+    recompute=True,
+):
     """Dense ring attention: output, log, all gradients."""
     layout = SequenceLayout(length=length, ranks=group.size, kind=kind)
     q, k, v, up = inputs(length, kv_heads=kv_heads)
@@ -84,6 +94,7 @@ def check_ring(group, config, kind, length, is_causal=True, lengths=None, bias=F
     mine_in = leaves(*(layout.split(t, group.rank, 2) for t in (q, k, v)))
     function = ring_attention_with_remainder if sticks else ring_attention_with_lse
     extra = {"logit_bias": bias_mine} if bias else {}
+    extra |= {} if recompute else {"recompute": False}
     mine = function(*mine_in, config, group=group, layout=layout, **common, **extra)
     # rows without keys have an lse of -inf, whose gradient means nothing
     seen = torch.isfinite(whole[1])

@@ -34,6 +34,8 @@ def test_group_from_a_mesh(ranks):
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 def test_early_stop(ranks, kind):
     ranks.run(stick_checks.check_early_stop, kind=kind)
+    ranks.run(stick_checks.check_early_stop, kind=kind, rows=4)
+    ranks.run(stick_checks.check_early_stop, kind=kind, rows=4, recompute=False)
     ranks.run(stick_checks.check_early_stop_that_never_stops, kind=kind)
     ranks.run(stick_checks.check_batch_neighbours, kind=kind)
 

@@ -31,6 +31,7 @@ PACKED = [0, 3, 3, 17, 18, 40, 53]
         {"config": StickBreakingConfig(window=6), "length": 41, "bias": True},
         {"config": StickBreakingConfig(window=3, attend_current=True), "length": 30},
         {"config": StickBreakingConfig(), "length": 3},
+        {"config": StickBreakingConfig(), "length": 37, "bias": True, "recompute": False},
     ],
     ids=str,
 )

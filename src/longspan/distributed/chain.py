@@ -9,7 +9,8 @@ Once no query anywhere has stick left (`early_stop`), all ranks stop.
 The backward walks the same way again. With L_i the stick that is left before part i, o = sum_i
 exp(L_i) o_i and l = sum_i l_i, part i gets do_i = exp(L_i) do and
 dl_i = dl + do . (o - sum_{m up to i} exp(L_m) o_m): what all farther parts give. Parts are computed
-again, so that memory does not grow with the number of ranks; gradients of keys travel with them.
+again, so that memory does not grow with the number of ranks, or kept (`recompute=False`); gradients
+of keys travel with them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .tiles import local_lengths, span_tiles
 __all__ = ["ChainInputs", "stick_breaking_chain"]
 
 _NAME = "ring_attention"
+_ROWS = 256  # a multiple of every implementation's block of queries
 
 
 class ChainInputs(NamedTuple):
@@ -53,12 +55,23 @@ class _Plan(NamedTuple):
     scale: float
     config: StickBreakingConfig  # without window and remainder
     impl: str
+    recompute: bool
 
     @property
     def spent(self) -> float:
         """log_rest below which a stick counts as spent."""
         stop = self.config.early_stop
         return float("-inf") if stop is None else math.log(stop)
+
+
+class _Part(NamedTuple):
+    """A computed tile, with the leaves that its gradients are taken at."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    logit_bias: Tensor | None
+    result: StickBreakingOutput
 
 
 class _Tile(NamedTuple):
@@ -76,10 +89,11 @@ def stick_breaking_chain(
     layout: SequenceLayout,
     scale: float,
     impl: str,
+    recompute: bool,
 ) -> StickBreakingOutput:
     """(output, log_rest) of this rank's queries over the keys of all ranks, remainder dropped."""
     config = dataclasses.replace(config, window=None, remainder="drop")
-    plan = _Plan(group, layout, scale, config, impl)
+    plan = _Plan(group, layout, scale, config, impl, recompute)
     return StickBreakingOutput(*_Chain.apply(*inputs, plan))  # type: ignore[no-untyped-call]
 
 
@@ -97,19 +111,26 @@ class _Chain(torch.autograd.Function):
         inputs = ChainInputs(query, key, value, logit_bias, key_lengths)
         output, log_rest = _empty(query, value)
         walk = _Walk(plan, key, value)
+        keep = not plan.recompute and any(ctx.needs_input_grad)
+        kept: list[_Part] = []
         for step in walk.steps(plan.layout.num_chunks):
-            for tile in walk.tiles(step):
-                if not _any_left(plan, log_rest[:, :, tile.rows]):
+            for whole in walk.tiles(step):
+                tile = _alive(plan, whole, log_rest)
+                if tile is None:
                     continue
-                part = _part(plan, inputs, tile, _slices(walk, inputs, tile), logit_bias)
+                part = _part(plan, inputs, tile, walk.keys(tile), wants_grad=keep)
+                if keep:
+                    kept.append(part)
                 held = (output[:, :, tile.rows], log_rest[:, :, tile.rows])
-                merged = merge_stick_breaking([held, part])
+                merged = merge_stick_breaking(
+                    [held, (part.result[0].detach(), part.result[1].detach())]
+                )
                 counts = held[1] >= plan.spent
                 output[:, :, tile.rows] = torch.where(counts.unsqueeze(-1), merged[0], held[0])
                 log_rest[:, :, tile.rows] = torch.where(counts, merged[1], held[1])
             if plan.config.early_stop is not None and walk.all_spent(step, log_rest):
                 break
-        ctx.plan, ctx.num_steps = plan, step + 1
+        ctx.plan, ctx.num_steps, ctx.kept = plan, step + 1, kept
         ctx.save_for_backward(*inputs, output)
         ctx.set_materialize_grads(False)
         return output.to(query.dtype, copy=True), log_rest
@@ -131,26 +152,30 @@ class _Chain(torch.autograd.Function):
         bias = inputs.logit_bias
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         walk = _Walk(plan, inputs.key, inputs.value, wide)
+        kept = iter(ctx.kept)
         for step in walk.steps(ctx.num_steps):
-            for tile in walk.tiles(step):
-                left = log_rest[:, :, tile.rows]
-                if not _any_left(plan, left):
+            for full in walk.tiles(step):
+                tile = _alive(plan, full, log_rest)
+                if tile is None:
                     continue
-                q, k, v = (t.detach().requires_grad_() for t in _slices(walk, inputs, tile))
-                bias_leaf = None if bias is None else bias.detach().requires_grad_()
-                with torch.enable_grad():
-                    part = _part(plan, inputs, tile, (q, k, v), bias_leaf)
-                leaves = [q, k, v] if bias_leaf is None else [q, k, v, bias_leaf]
+                part = next(kept, None) or _part(
+                    plan, inputs, tile, walk.keys(tile), wants_grad=True
+                )
+                o_i, l_i = (t.detach() for t in part.result)
+                left = log_rest[:, :, tile.rows]
                 counts = left >= plan.spent
                 do_i = do[:, :, tile.rows] * torch.where(counts, left.exp(), 0.0).unsqueeze(-1)
-                farther[:, :, tile.rows] -= (do_i * part.output.detach().to(wide)).sum(-1)
+                farther[:, :, tile.rows] -= (do_i * o_i.to(wide)).sum(-1)
                 dl_i = torch.where(counts, farther[:, :, tile.rows], 0.0)
-                grads = torch.autograd.grad(part, leaves, (do_i.to(part.output.dtype), dl_i))
+                leaves = [leaf for leaf in part[:4] if leaf is not None]
+                grads = torch.autograd.grad(
+                    part.result, leaves, (do_i.to(o_i.dtype), dl_i), retain_graph=not plan.recompute
+                )
                 dq[:, :, tile.rows] += grads[0]
                 walk.add_gradients(tile, grads[1], grads[2])
                 if dbias is not None:
                     dbias += grads[3]
-                left += torch.where(counts, part.log_rest.detach(), 0.0)
+                left += torch.where(counts, l_i, 0.0)
         dk, dv = walk.gradients()
         query, key, value = inputs[:3]
         dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
@@ -300,33 +325,46 @@ def _empty(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return output, query.new_zeros(query.shape[:3], dtype=wide)
 
 
-def _slices(walk: _Walk, inputs: ChainInputs, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
-    return inputs.query[:, :, tile.rows], *walk.keys(tile)
-
-
-def _any_left(plan: _Plan, log_rest: Tensor) -> bool:
-    """Whether a row of a tile has stick left; looks (a synchronisation) with early_stop only."""
-    return plan.config.early_stop is None or bool((log_rest >= plan.spent).any())
+def _alive(plan: _Plan, tile: _Tile, log_rest: Tensor) -> _Tile | None:
+    """The tile up to its last row with stick left, None if there is none; it looks (a
+    synchronisation) with early_stop only. Whole blocks: a row's block mates stay the same."""
+    if plan.config.early_stop is None:
+        return tile
+    alive = (log_rest[:, :, tile.rows] >= plan.spent).flatten(0, 1).any(0)
+    count = int((torch.arange(1, alive.numel() + 1, device=alive.device) * alive).amax())
+    if count == 0:
+        return None
+    stop = min(tile.rows.start - (-count // _ROWS) * _ROWS, tile.rows.stop)
+    return tile._replace(rows=slice(tile.rows.start, stop))
 
 
 def _part(
     plan: _Plan,
     inputs: ChainInputs,
     tile: _Tile,
-    slices: tuple[Tensor, Tensor, Tensor],
-    logit_bias: Tensor | None,
-) -> StickBreakingOutput:
-    query, key, value = slices
-    return stick_breaking_attention_with_remainder(
-        query,
-        key,
-        value,
-        is_causal=True,
-        scale=plan.scale,
-        enable_gqa=True,
-        query_offset=0 if tile.is_diagonal else key.shape[2],
-        key_lengths=local_lengths(inputs.key_lengths, (tile.keys,)),
-        logit_bias=logit_bias,
-        config=plan.config,
-        impl=plan.impl,
-    )
+    keys: tuple[Tensor, Tensor],
+    *,
+    wants_grad: bool,
+) -> _Part:
+    bias = inputs.logit_bias
+    leaves = [inputs.query[:, :, tile.rows], *keys, *([] if bias is None else [bias])]
+    if wants_grad:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    query, key, value = leaves[:3]
+    own_bias = None if bias is None else leaves[3]
+    with torch.set_grad_enabled(wants_grad):
+        result = stick_breaking_attention_with_remainder(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=plan.scale,
+            enable_gqa=True,
+            # On the diagonal, rows may end before the keys do: those are of later rows.
+            query_offset=0 if tile.is_diagonal else key.shape[2],
+            key_lengths=local_lengths(inputs.key_lengths, (tile.keys,)),
+            logit_bias=own_bias,
+            config=plan.config,
+            impl=plan.impl,
+        )
+    return _Part(query, key, value, own_bias, result)

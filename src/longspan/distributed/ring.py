@@ -51,6 +51,7 @@ class _Task(NamedTuple):
     layout: SequenceLayout
     logit_bias: Tensor | None
     impl: str
+    recompute: bool
 
 
 def ring_attention(
@@ -66,6 +67,7 @@ def ring_attention(
     enable_gqa: bool = False,
     key_lengths: Tensor | None = None,
     logit_bias: Tensor | None = None,
+    recompute: bool = True,
     impl: Impl | str = "auto",
 ) -> Tensor:
     """Exact, window or stick-breaking self-attention over a sequence that is spread over ranks.
@@ -81,6 +83,9 @@ def ring_attention(
         key_lengths: (B,), int32, valid keys of each entry of the whole sequence.
         logit_bias: (H,), of stick-breaking only; its gradient is this rank's share, and the sum
             over ranks is the whole.
+        recompute: of stick-breaking only. True computes parts again in the backward; False keeps
+            them, which saves a forward pass and needs the memory of one output, and of the keys,
+            per chunk of keys that was visited.
         impl: as in the mechanism's function, for the parts computed here.
 
     Returns:
@@ -115,7 +120,7 @@ def ring_attention(
     """
     name = "ring_attention"
     task = _checked(name, query, key, value, config, group, layout, is_causal, scale, enable_gqa,
-                    key_lengths, logit_bias, impl, packed=False)  # fmt: skip
+                    key_lengths, logit_bias, impl, packed=False, recompute=recompute)  # fmt: skip
     return _run(task)[0]
 
 
@@ -131,6 +136,7 @@ def ring_attention_varlen(
     scale: float | None = None,
     enable_gqa: bool = False,
     logit_bias: Tensor | None = None,
+    recompute: bool = True,
     impl: Impl | str = "auto",
 ) -> Tensor:
     """The same for packed documents; `layout.cu_seqlens` says where they are.
@@ -139,7 +145,7 @@ def ring_attention_varlen(
         query: (n, H, D), the tokens that `layout` gives this rank of the packed sequence.
         key: (n, H_kv, D).
         value: (n, H_kv, D_v).
-        config, group, layout, is_causal, scale, enable_gqa, logit_bias, impl: as in
+        config, group, layout, is_causal, scale, enable_gqa, logit_bias, recompute, impl: as in
             `ring_attention`.
 
     Returns:
@@ -152,7 +158,8 @@ def ring_attention_varlen(
     name = "ring_attention_varlen"
     query, key, value = as_batch(query), as_batch(key), as_batch(value)
     task = _checked(name, query, key, value, config, group, layout, is_causal, scale,
-                    enable_gqa, None, logit_bias, impl, packed=True)  # fmt: skip
+                    enable_gqa, None, logit_bias, impl, packed=True,
+                    recompute=recompute)  # fmt: skip
     return as_packed(_run(task)[0])
 
 
@@ -198,6 +205,7 @@ def ring_attention_with_remainder(
     enable_gqa: bool = False,
     key_lengths: Tensor | None = None,
     logit_bias: Tensor | None = None,
+    recompute: bool = True,
     impl: Impl | str = "auto",
 ) -> StickBreakingOutput:
     """As `ring_attention` for stick-breaking, with the log of what is left of the stick.
@@ -212,7 +220,7 @@ def ring_attention_with_remainder(
             "remainder. Use ring_attention_with_lse."
         )
     task = _checked(name, query, key, value, config, group, layout, is_causal, scale, enable_gqa,
-                    key_lengths, logit_bias, impl, packed=False)  # fmt: skip
+                    key_lengths, logit_bias, impl, packed=False, recompute=recompute)  # fmt: skip
     return StickBreakingOutput(*_run(task))
 
 
@@ -220,6 +228,7 @@ def _checked(
     name: str, query: Tensor, key: Tensor, value: Tensor, config: Any, group: ContextGroup,
     layout: SequenceLayout, is_causal: bool, scale: float | None, enable_gqa: bool,
     key_lengths: Tensor | None, logit_bias: Tensor | None, impl: Impl | str, *, packed: bool,
+    recompute: bool = True,
 ) -> _Task:  # fmt: skip
     with verified(name, group) as shared:
         mechanism = mechanism_of_config(config)
@@ -257,9 +266,9 @@ def _checked(
             "logit_bias": logit_bias,
         }
         settings = {"is_causal": is_causal, "scale": call.scale, "config": config,
-                    "layout": layout, "impl": str(impl)}  # fmt: skip
+                    "layout": layout, "impl": str(impl), "recompute": recompute}  # fmt: skip
         shared.update(describe(tensors, settings))
-    return _Task(name, call, config, group, layout, bias, chosen.value)
+    return _Task(name, call, config, group, layout, bias, chosen.value, recompute)
 
 
 def _run(task: _Task) -> tuple[Tensor, Tensor]:
@@ -314,7 +323,7 @@ def _stick_breaking(task: _Task, config: StickBreakingConfig) -> tuple[Tensor, T
         inputs = ChainInputs(call.query, call.key, call.value, task.logit_bias, call.key_lengths)
         with torch.autocast(call.query.device.type, enabled=False):
             output, log_rest = stick_breaking_chain(
-                inputs, config, task.group, task.layout, call.scale, task.impl
+                inputs, config, task.group, task.layout, call.scale, task.impl, task.recompute
             )
         if config.remainder == "value":
             output = _give_to_own_value(task, output, log_rest)
