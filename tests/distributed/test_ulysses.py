@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from context_checks import (
@@ -14,7 +16,15 @@ from context_checks import (
 from longspan import StickBreakingConfig
 from longspan.mechanisms import MECHANISMS
 
-NAMES = sorted(MECHANISMS)
+
+def draws_by_head(name):
+    """Whether a rank can reproduce one process: no random numbers, or drawn by head number."""
+    parameters = inspect.signature(MECHANISMS[name].function).parameters
+    return "seed" not in parameters or "head_offset" in parameters
+
+
+NAMES = [name for name in sorted(MECHANISMS) if draws_by_head(name)]
+OTHERS = sorted(set(MECHANISMS) - set(NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,6 +41,14 @@ def test_ulysses_equals_one_process(ranks, name, kind, length, kv_heads, lengths
 @pytest.mark.parametrize("name", [name for name in NAMES if MECHANISMS[name].has_varlen])
 def test_packed_documents(ranks, name):
     ranks.run(check_ulysses_packed, name=name, kind="zigzag", marks=[0, 5, 5, 18, 19, 33])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_draws_that_a_rank_cannot_repeat_are_refused(two_ranks, name):
+    with pytest.raises(AssertionError, match="takes no head_offset"):
+        two_ranks.run(
+            check_ulysses, name=name, kind="contiguous", length=24, kv_heads=4, lengths=None
+        )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
