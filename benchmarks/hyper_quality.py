@@ -92,7 +92,8 @@ def _layers(model, tokenizer, ids, texts, names, args):
     total = _count_layers(model)
     for name in names:
         config = parse_config(SETTINGS.get(name, name))
-        for count in sorted({*range(0, total, 5), total}):
+        is_exact = mechanism_of_config(config).is_exact
+        for count in [0] if is_exact else sorted({*range(0, total, 5), total}):
             chosen = f"last:{count}"
             with _patched(model, config, chosen, args) if count else contextlib.nullcontext():
                 losses = _losses(model, ids, args.batch)
