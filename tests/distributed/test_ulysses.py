@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from context_checks import (
     check_head_offset,
+    check_refused,
     check_ulysses,
     check_ulysses_infini,
     check_ulysses_packed,
@@ -14,7 +17,15 @@ from context_checks import (
 from longspan import StickBreakingConfig
 from longspan.mechanisms import MECHANISMS
 
-NAMES = sorted(MECHANISMS)
+
+def draws_by_local_head(mechanism):
+    """Whether a rank would draw the random numbers of other heads: such are refused."""
+    parameters = inspect.signature(mechanism.function).parameters
+    return "seed" in parameters and "head_offset" not in parameters
+
+
+NAMES = sorted(name for name, m in MECHANISMS.items() if not draws_by_local_head(m))
+REFUSED = sorted(set(MECHANISMS) - set(NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,3 +60,8 @@ def test_per_head_arguments_and_settings(ranks):
 
 def test_random_draws_follow_the_heads(two_ranks):
     two_ranks.run(check_head_offset)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mechanisms_that_cannot_be_cut_by_heads_are_refused(two_ranks, name):
+    two_ranks.run(check_refused, name=name)
