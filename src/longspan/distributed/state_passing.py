@@ -21,8 +21,10 @@ from ..errors import ConfigError, UnsupportedError
 from ..infini.api import InfiniOutput, _run, implementations
 from ..infini.call import InfiniCall, make_call
 from ..infini.config import InfiniConfig
+from ..infini.impl.eager import _mixed, assemble
 from ..infini.impl.memory import memory_states
-from ..infini.ops import infini_states
+from ..infini.impl.parts import local_attention, needed_states, plan
+from ..infini.ops import infini_mix, infini_states
 from ..infini.state import InfiniState
 from ..types import Impl
 from .checks import check_local, describe, verified
@@ -181,15 +183,11 @@ def _pass_states(
     anchors = [*_tensors(rows), *(getattr(start, name) for name in _PER_KEY)]
     anchors = [tensor for tensor in anchors if tensor is not None and tensor.requires_grad]
     exchange = _Exchange(group, anchors)
-    memories, normalisers = _passed(call, count, start, chosen, exchange)
     before = max(start.key.shape[2] + chunk.start - held.key.shape[2], 0)  # tokens written
-    call = call._replace(
-        memory=memories[rank],
-        normaliser=normalisers[rank],
-        written=_written(start, before, key_lengths),
-    )
-    output, _, _ = _run(call, chosen)
-    final = _final_state(rows, memories[-1], normalisers[-1], start, key_lengths, group, layout)
+    call = call._replace(written=_written(start, before, key_lengths))
+    run = _linear if config.update == "linear" else _affine
+    output, memory, normaliser = run(call, count, start, chosen, exchange)
+    final = _final_state(rows, memory, normaliser, start, key_lengths, group, layout)
     # Every exchange gets its backward on every rank, whatever is done with the state.
     ends = (getattr(final, name) for name in ("memory", "normaliser", *_PER_KEY))
     return InfiniOutput(tie(output, *_tensors(held), *(t for t in ends if t is not None)), final)
@@ -236,35 +234,48 @@ def _joined(own: InfiniCall, held: _Rows, chunk: Span, key_lengths: Tensor | Non
     )  # fmt: skip
 
 
-def _passed(
+def _linear(
     call: InfiniCall, count: int, start: InfiniState, chosen: Impl, exchange: _Exchange
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Memory and normaliser before each rank's segments, and after the last."""
-    if call.config.update != "linear":
-        normalisers = _normalisers(call, count, start, exchange)
-        both = _map_of(call, count, normalisers[exchange.group.rank])
-        return _memories(*both, start, exchange), normalisers
-    empty = call._replace(
-        memory=torch.zeros_like(call.memory), normaliser=torch.zeros_like(call.normaliser)
-    )
-    memory, normaliser = _linear_states(empty, count, chosen)
-    memories, normalisers = [start.memory], [start.normaliser]
-    for share in exchange.gather(torch.cat((memory, normaliser.unsqueeze(-1)), -1)):
-        memories.append(memories[-1] + share[..., :-1])
-        normalisers.append(normalisers[-1] + share[..., -1])
-    return memories, normalisers
-
-
-def _linear_states(call: InfiniCall, count: int, chosen: Impl) -> tuple[Tensor, Tensor]:
-    """What `count` segments add to memory and normaliser."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and memory and normaliser at the end: states from an empty memory are made once, and
+    what comes from other ranks is added to them."""
+    config, rank = call.config, exchange.group.rank
+    parts = plan(call)
+    needed = needed_states(call, parts)
     if chosen is Impl.TRITON:
         memory, normaliser = infini_states(
             call.memory_key, call.value, call.memory, call.normaliser, call.key_lengths,
-            call.config.segment_length, count,
+            config.segment_length, needed,
         )  # fmt: skip
     else:
-        memory, normaliser = memory_states(call, count)
-    return memory[:, :, -1], normaliser[:, :, -1]
+        memory, normaliser = memory_states(call, needed)
+    mine = torch.cat((memory[:, :, count], normaliser[:, :, count].unsqueeze(-1)), -1)
+    memories, normalisers = [start.memory], [start.normaliser]
+    for share in exchange.gather(mine):
+        memories.append(memories[-1] + share[..., :-1])
+        normalisers.append(normalisers[-1] + share[..., -1])
+    memory = memory + memories[rank].unsqueeze(2)
+    normaliser = normaliser + normalisers[rank].unsqueeze(2)
+    if chosen is Impl.TRITON:
+        output = infini_mix(
+            call.memory_query, assemble(call, [local_attention(call, part) for part in parts]),
+            memory, normaliser, call.gate, call.written, call.key_lengths, config.segment_length,
+            config.lag, call.query_offset, call.key.shape[2], config.first_segment == "local",
+        )  # fmt: skip
+    else:
+        output = assemble(call, [_mixed(call, part, memory, normaliser) for part in parts])
+    return output, memories[-1], normalisers[-1]
+
+
+def _affine(
+    call: InfiniCall, count: int, start: InfiniState, chosen: Impl, exchange: _Exchange
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for the delta rules: maps are exchanged, then the call runs from what arrives."""
+    rank = exchange.group.rank
+    normalisers = _normalisers(call, count, start, exchange)
+    memories = _memories(*_map_of(call, count, normalisers[rank]), start, exchange)
+    call = call._replace(memory=memories[rank], normaliser=normalisers[rank])
+    return _run(call, chosen)[0], memories[-1], normalisers[-1]
 
 
 def _normalisers(
