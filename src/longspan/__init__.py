@@ -14,12 +14,24 @@ if TYPE_CHECKING:
     from ._explain import Explanation, explain
     from ._front import attention
     from ._merge import merge, merge_stick_breaking
+    from .conv_basis.api import (
+        conv_basis_apply,
+        conv_basis_attention,
+        conv_basis_attention_varlen,
+        conv_basis_attention_with_lse,
+        conv_basis_check,
+        conv_basis_recover,
+    )
+    from .conv_basis.basis import ConvBasis, ConvBasisStats
+    from .conv_basis.config import ConvBasisConfig
+    from .conv_basis.toeplitz import toeplitz_attention, toeplitz_attention_with_lse
     from .errors import (
         ConfigError,
         LongspanError,
         LongspanWarning,
         MissingExtraError,
         PatchError,
+        RankError,
         ShapeError,
         UnsupportedError,
     )
@@ -28,6 +40,14 @@ if TYPE_CHECKING:
     from .hyper.api import hyper_attention, hyper_attention_varlen, hyper_attention_with_lse
     from .hyper.config import HyperConfig
     from .hyper.state import HyperState, hyper_attention_chunk
+    from .infini.api import (
+        InfiniOutput,
+        infini_attention,
+        infini_attention_chunk,
+        infini_attention_varlen,
+    )
+    from .infini.config import InfiniConfig
+    from .infini.state import InfiniState
     from .sdpa import patched_sdpa
     from .stick_breaking.api import (
         StickBreakingOutput,
@@ -51,11 +71,23 @@ _LAZY = {
     "attention": "_front",
     "merge": "_merge",
     "merge_stick_breaking": "_merge",
+    "ConvBasis": "conv_basis.basis",
+    "ConvBasisConfig": "conv_basis.config",
+    "ConvBasisStats": "conv_basis.basis",
+    "conv_basis_apply": "conv_basis.api",
+    "conv_basis_attention": "conv_basis.api",
+    "conv_basis_attention_varlen": "conv_basis.api",
+    "conv_basis_attention_with_lse": "conv_basis.api",
+    "conv_basis_check": "conv_basis.api",
+    "conv_basis_recover": "conv_basis.api",
+    "toeplitz_attention": "conv_basis.toeplitz",
+    "toeplitz_attention_with_lse": "conv_basis.toeplitz",
     "ConfigError": "errors",
     "LongspanError": "errors",
     "LongspanWarning": "errors",
     "MissingExtraError": "errors",
     "PatchError": "errors",
+    "RankError": "errors",
     "ShapeError": "errors",
     "UnsupportedError": "errors",
     "exact_attention": "exact.api",
@@ -70,6 +102,12 @@ _LAZY = {
     "HyperConfig": "hyper.config",
     "HyperState": "hyper.state",
     "hyper_attention_chunk": "hyper.state",
+    "InfiniConfig": "infini.config",
+    "InfiniOutput": "infini.api",
+    "InfiniState": "infini.state",
+    "infini_attention": "infini.api",
+    "infini_attention_chunk": "infini.api",
+    "infini_attention_varlen": "infini.api",
     "patched_sdpa": "sdpa",
     "StickBreakingChunk": "stick_breaking.state",
     "StickBreakingConfig": "stick_breaking.config",
@@ -89,20 +127,27 @@ _LAZY = {
     "WindowConfig": "window.config",
     "WindowState": "window.state",
 }
-_SUBMODULES = ("hf", "mechanisms", "models", "nn", "testing")
+_SUBMODULES = ("distributed", "hf", "mechanisms", "models", "nn", "testing")
 
 __all__ = [
     "AttentionOutput",
     "ConfigError",
+    "ConvBasis",
+    "ConvBasisConfig",
+    "ConvBasisStats",
     "ExactConfig",
     "Explanation",
     "HyperConfig",
     "HyperState",
     "Impl",
+    "InfiniConfig",
+    "InfiniOutput",
+    "InfiniState",
     "LongspanError",
     "LongspanWarning",
     "MissingExtraError",
     "PatchError",
+    "RankError",
     "ShapeError",
     "StickBreakingChunk",
     "StickBreakingConfig",
@@ -114,6 +159,12 @@ __all__ = [
     "WindowState",
     "__version__",
     "attention",
+    "conv_basis_apply",
+    "conv_basis_attention",
+    "conv_basis_attention_varlen",
+    "conv_basis_attention_with_lse",
+    "conv_basis_check",
+    "conv_basis_recover",
     "exact_attention",
     "exact_attention_varlen",
     "exact_attention_with_lse",
@@ -122,6 +173,9 @@ __all__ = [
     "hyper_attention_chunk",
     "hyper_attention_varlen",
     "hyper_attention_with_lse",
+    "infini_attention",
+    "infini_attention_chunk",
+    "infini_attention_varlen",
     "merge",
     "merge_stick_breaking",
     "patched_sdpa",
@@ -130,6 +184,8 @@ __all__ = [
     "stick_breaking_attention_stats",
     "stick_breaking_attention_varlen",
     "stick_breaking_attention_with_remainder",
+    "toeplitz_attention",
+    "toeplitz_attention_with_lse",
     "window_attention",
     "window_attention_varlen",
     "window_attention_with_lse",

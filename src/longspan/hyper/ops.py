@@ -49,6 +49,7 @@ def settings_of(config: HyperConfig) -> tuple[str, list[int], float]:
 
 def _config(names: str, numbers: list[int], spread: float) -> HyperConfig:
     fields: dict[str, Any] = dict(zip(_NAMES, names.split(","), strict=True))
+    numbers = [int(x) for x in numbers]  # under torch.compile a setting may come as a symbol
     fields.update(zip(_NUMBERS, numbers, strict=False))
     fields.update((flag, bool(x)) for flag, x in zip(_FLAGS, numbers[-2:], strict=True))
     return HyperConfig(**fields, probe_spread=spread)
