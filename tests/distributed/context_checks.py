@@ -216,11 +216,3 @@ def check_head_offset(group):
     assert _extra("f", drawing, group, 8) == {"head_offset": 8 // group.size * group.rank}
     with pytest.raises(UnsupportedError, match="careless draws random numbers"):
         _extra("f", careless, group, 8)
-
-
-def check_refused(group, name):
-    layout = SequenceLayout(length=8, ranks=group.size)
-    part = [layout.split(t, group.rank, 2) for t in inputs(8)[:3]]
-    with pytest.raises(UnsupportedError, match="head_offset"):
-        ulysses_attention(*part, get_mechanism(name).config_class(), group=group, layout=layout,
-                          is_causal=True, enable_gqa=True)  # fmt: skip
