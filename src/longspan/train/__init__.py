@@ -1,0 +1,50 @@
+"""Train the reference transformer on local texts: tokens, batches, loop, checkpoints, log.
+
+Names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batches import Batches
+    from .config import TrainConfig
+    from .loop import TrainResult, train
+    from .tokenizer import load_tokenizer, train_tokenizer
+    from .tokens import TokenFile, write_tokens
+
+_LAZY = {
+    "Batches": "batches",
+    "TokenFile": "tokens",
+    "TrainConfig": "config",
+    "TrainResult": "loop",
+    "load_tokenizer": "tokenizer",
+    "train": "loop",
+    "train_tokenizer": "tokenizer",
+    "write_tokens": "tokens",
+}
+
+__all__ = [
+    "Batches",
+    "TokenFile",
+    "TrainConfig",
+    "TrainResult",
+    "load_tokenizer",
+    "train",
+    "train_tokenizer",
+    "write_tokens",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
