@@ -35,23 +35,33 @@ CONFIG = WindowConfig(window=1024, num_sinks=4)
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 DEVICE = torch.device("cuda")
 _SLOW_BACKWARD = 65536  # exact attention beyond this length: forward only
+_TAIL = 256  # rows compared with float64 at each length
+_TOLERANCE = 6e-3  # of the relative error in bfloat16, as in tests/gpu
 
-# head dim -> candidates; what runs is pinned in longspan/window/impl/triton/configs.py.
-TUNE = {
+# head dim -> candidates: fields of KernelConfig. What runs is pinned in
+# longspan/window/impl/triton/configs.py.
+TUNE: dict[str, dict[int, list[tuple[Any, ...]]]] = {
     "kernel": {
         64: [
             (64, 64, 4, 3),
-            (64, 64, 4, 3, 128),
+            (64, 64, 4, 3, None, True),
+            (64, 64, 4, 2, 128, True),
+            (64, 128, 4, 2, None, True),
             (128, 64, 8, 3, 128),
-            (128, 64, 8, 2, 128),
-            (128, 128, 8, 3),
+            (128, 64, 8, 2, 128, True),
+            (128, 64, 8, 3, 128, True),
+            (128, 64, 8, 4, 128, True),
         ],
         128: [
-            (64, 64, 4, 3),
-            (128, 64, 8, 2, 128),
+            (64, 64, 4, 2),
+            (64, 64, 4, 2, None, True),
+            (64, 64, 4, 3, None, True),
+            (64, 32, 4, 3, 168, True),
+            (128, 64, 8, 2, None, True),
+            (128, 64, 8, 3, None, True),
             (128, 32, 8, 3, 128),
-            (128, 32, 8, 4, 128),
-            (128, 128, 8, 2),
+            (128, 32, 8, 3, 128, True),
+            (128, 32, 8, 4, 128, True),
         ],
     },
     "query_kernel": {
@@ -82,7 +92,7 @@ def main() -> None:
     where = environment(DEVICE)
     for dim in (64, 128):
         for length in options.lengths:
-            rows = measure(length, dim, ceilings, errors, where)
+            rows = measure(length, dim, ceilings, errors["bfloat16"], where)
             append_rows(options.out, rows)
             show(rows)
 
@@ -111,6 +121,22 @@ def measure_ceilings() -> dict[str, float]:
     return found
 
 
+@torch.no_grad()
+def tail_error(run: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, window: int) -> float:
+    """Relative error of the last rows of the first and the last head, against float64."""
+    got, length = run(), q.shape[2]
+    p = torch.arange(length - _TAIL, length, device=DEVICE)[:, None]
+    j = torch.arange(length, device=DEVICE)
+    hidden = (j > p) | ((p - j >= window) & (j >= CONFIG.num_sinks))
+    worst = 0.0
+    for head in (0, HEADS - 1):
+        query, key, value = (t[0, head].double() for t in (q, k, v))
+        scores = query[-_TAIL:] @ key.T * q.shape[-1] ** -0.5
+        want = scores.masked_fill_(hidden, float("-inf")).softmax(-1) @ value
+        worst = max(worst, float(torch.dist(got[0, head, -_TAIL:].double(), want) / want.norm()))
+    return worst
+
+
 def inputs(length: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """query, key, value with gradients, and an upstream gradient."""
     made = [torch.randn(1, HEADS, length, dim, device=DEVICE, dtype=torch.bfloat16)
@@ -122,10 +148,10 @@ def measure(
     length: int,
     dim: int,
     ceilings: dict[str, float],
-    errors: dict[str, float],
+    worst: float,
     where: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Rows of exact and of window attention at one length and head dim."""
+    """Rows of exact and of window attention at one length and head dim; worst: of `check`."""
     q, k, v, up = inputs(length, dim)
     shape = {"batch": 1, "heads": HEADS, "kv_heads": HEADS, "length": length, "head_dim": dim,
              "dtype": "bfloat16", "is_causal": True}  # fmt: skip
@@ -138,9 +164,12 @@ def measure(
         config: Any,
         run: Callable[[], Tensor],
         share: float,
-        error: float | None,
         backward: bool,
     ) -> None:
+        error = tail_error(run, q, k, v, length if mechanism == "exact" else CONFIG.window)
+        if not error <= _TOLERANCE:  # NaN included
+            raise SystemExit(f"{mechanism} {config} at n={length}, d={dim}: error {error:.1e}")
+
         def forward() -> None:
             with torch.no_grad():
                 run()
@@ -161,7 +190,8 @@ def measure(
             rows.append(make_row(
                 mechanism=mechanism, impl=str(config) if mechanism == "exact" else "triton",
                 config=config, shape=shape, stage=stage, timing=timing, environment=where,
-                verified=True, max_abs_error=error, peak=peak_bytes(fn, DEVICE), floor_ms=floor,
+                verified=True, max_abs_error=worst if mechanism == "window" else None,
+                relative_error=error, peak=peak_bytes(fn, DEVICE), floor_ms=floor,
                 floor_ratio=timing.ms_p50 / floor, visited_fraction=share))  # fmt: skip
 
     for name, backend in BACKENDS.items():
@@ -170,12 +200,12 @@ def measure(
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        time_both("exact", name, exact, 1.0, None, length <= _SLOW_BACKWARD)
+        time_both("exact", name, exact, 1.0, length <= _SLOW_BACKWARD)
 
     def window() -> Tensor:
         return window_attention(q, k, v, is_causal=True, config=CONFIG, impl="triton")
 
-    time_both("window", CONFIG, window, visited, errors["bfloat16"], True)
+    time_both("window", CONFIG, window, visited, True)
     for row in rows:
         if row["mechanism"] == "window":
             rivals = [r["ms_p50"] for r in rows
@@ -190,33 +220,46 @@ def show(rows: list[dict[str, Any]]) -> None:
         ratio = row.get("speedup_over_best_exact")
         print(f"d={row['head_dim']:3} n={row['length']:6} {row['mechanism']:6} {row['impl']:6} "
               f"{row['pass']:16} {row['ms_p50']:9.3f} ms  floor {row['floor_ms']:8.3f}  "
-              f"x{row['floor_ratio']:.2f}" + (f"  {ratio:.1f} times exact" if ratio else ""),
+              f"x{row['floor_ratio']:.2f}  error {row['relative_error']:.1e}"
+              + (f"  {ratio:.1f} times exact" if ratio else ""),
               flush=True)  # fmt: skip
 
 
-Trial = tuple[int, str, tuple[int, ...]]  # head dim, kernel, tile sizes
+Trial = tuple[int, str, tuple[Any, ...]]  # head dim, kernel, fields of KernelConfig
 
 
 def tune(kernels: list[str], length: int) -> None:
-    """Time the candidates of each kernel; the other backward kernels run by default."""
+    """Check and time the candidates of each kernel; the other backward kernels run by default."""
+    check()
     trials: list[Trial] = [
         (dim, name, sizes) for name in kernels for dim in TUNE[name] for sizes in TUNE[name][dim]
     ]
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
         list(pool.map(warm, trials))  # compiles in parallel, into Triton's cache on disk
-    for trial in trials:
-        print("tune d={} {} {}:".format(*trial), run_trial(trial, length), flush=True)
+    for dim in sorted({trial[0] for trial in trials}):
+        q, k, v, up = (t.detach() for t in inputs(length, dim))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            exact = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+            rival = time_call(exact, device=DEVICE, warmup_ms=0, measure_ms=0).ms_p50
+        print(f"tune d={dim} n={length}: forward of cuDNN {rival:.3f} ms", flush=True)
+        for trial in trials:
+            if trial[0] == dim:
+                print("tune d={} {} {}:".format(*trial), run_trial(trial, (q, k, v, up), rival),
+                      flush=True)  # fmt: skip
 
 
 def warm(trial: Trial) -> None:
     """Compile a candidate."""
-    run_trial(trial, 1024, is_timed=False)
+    q, k, v, up = inputs(1024, trial[0])
+    run_trial(trial, (q.detach(), k.detach(), v.detach(), up), None)
 
 
-def run_trial(trial: Trial, length: int, is_timed: bool = True) -> str:
-    """Time of a candidate, or why it does not run."""
-    dim, argument, sizes = trial
-    q, k, v, up = (t.detach() for t in inputs(length, dim))
+def run_trial(
+    trial: Trial, tensors: tuple[Tensor, Tensor, Tensor, Tensor], rival: float | None
+) -> str:
+    """Time of a candidate, and how far its result is from the default's; or why it does not run."""
+    _, argument, sizes = trial
+    q, k, v, up = tensors
     call = validate("tune", q, k, v, is_causal=True)
     output, lse = triton_forward(call, CONFIG, None, None, 0, 0)
     if argument == "kernel":
@@ -225,12 +268,20 @@ def run_trial(trial: Trial, length: int, is_timed: bool = True) -> str:
         run = functools.partial(
             triton_backward, call, CONFIG, up, None, output, lse, None, None, 0, 0
         )
+    want = (output, lse) if argument == "kernel" else run()
     run = functools.partial(run, **{argument: KernelConfig(*sizes)})
     try:
-        run()
-        return f"{time_call(run, device=DEVICE).ms_p50:.3f} ms" if is_timed else ""
+        got = run()
     except Exception as error:  # a candidate may need too much shared memory
         return type(error).__name__
+    if rival is None:
+        return ""
+    apart = max(float(torch.dist(a, b) / b.norm()) for a, b in zip(got, want, strict=True))
+    if not apart <= 5e-3:  # NaN included
+        return f"WRONG: {apart:.1e} from the default"
+    time = time_call(run, device=DEVICE).ms_p50
+    told = f", {rival / time:.1f} times cuDNN" if argument == "kernel" else ""
+    return f"{time:.3f} ms{told}, {apart:.0e} from the default"
 
 
 if __name__ == "__main__":

@@ -14,17 +14,40 @@ if TYPE_CHECKING:
     from ._explain import Explanation, explain
     from ._front import attention
     from ._merge import merge, merge_stick_breaking
+    from .conv_basis.api import (
+        conv_basis_apply,
+        conv_basis_attention,
+        conv_basis_attention_varlen,
+        conv_basis_attention_with_lse,
+        conv_basis_check,
+        conv_basis_recover,
+    )
+    from .conv_basis.basis import ConvBasis, ConvBasisStats
+    from .conv_basis.config import ConvBasisConfig
+    from .conv_basis.toeplitz import toeplitz_attention, toeplitz_attention_with_lse
     from .errors import (
         ConfigError,
         LongspanError,
         LongspanWarning,
         MissingExtraError,
         PatchError,
+        RankError,
         ShapeError,
         UnsupportedError,
     )
     from .exact.api import exact_attention, exact_attention_varlen, exact_attention_with_lse
     from .exact.config import ExactConfig
+    from .hyper.api import hyper_attention, hyper_attention_varlen, hyper_attention_with_lse
+    from .hyper.config import HyperConfig
+    from .hyper.state import HyperState, hyper_attention_chunk
+    from .infini.api import (
+        InfiniOutput,
+        infini_attention,
+        infini_attention_chunk,
+        infini_attention_varlen,
+    )
+    from .infini.config import InfiniConfig
+    from .infini.state import InfiniState
     from .sdpa import patched_sdpa
     from .stick_breaking.api import (
         StickBreakingOutput,
@@ -48,11 +71,23 @@ _LAZY = {
     "attention": "_front",
     "merge": "_merge",
     "merge_stick_breaking": "_merge",
+    "ConvBasis": "conv_basis.basis",
+    "ConvBasisConfig": "conv_basis.config",
+    "ConvBasisStats": "conv_basis.basis",
+    "conv_basis_apply": "conv_basis.api",
+    "conv_basis_attention": "conv_basis.api",
+    "conv_basis_attention_varlen": "conv_basis.api",
+    "conv_basis_attention_with_lse": "conv_basis.api",
+    "conv_basis_check": "conv_basis.api",
+    "conv_basis_recover": "conv_basis.api",
+    "toeplitz_attention": "conv_basis.toeplitz",
+    "toeplitz_attention_with_lse": "conv_basis.toeplitz",
     "ConfigError": "errors",
     "LongspanError": "errors",
     "LongspanWarning": "errors",
     "MissingExtraError": "errors",
     "PatchError": "errors",
+    "RankError": "errors",
     "ShapeError": "errors",
     "UnsupportedError": "errors",
     "exact_attention": "exact.api",
@@ -61,6 +96,18 @@ _LAZY = {
     "ExactConfig": "exact.config",
     "Explanation": "_explain",
     "explain": "_explain",
+    "hyper_attention": "hyper.api",
+    "hyper_attention_varlen": "hyper.api",
+    "hyper_attention_with_lse": "hyper.api",
+    "HyperConfig": "hyper.config",
+    "HyperState": "hyper.state",
+    "hyper_attention_chunk": "hyper.state",
+    "InfiniConfig": "infini.config",
+    "InfiniOutput": "infini.api",
+    "InfiniState": "infini.state",
+    "infini_attention": "infini.api",
+    "infini_attention_chunk": "infini.api",
+    "infini_attention_varlen": "infini.api",
     "patched_sdpa": "sdpa",
     "StickBreakingChunk": "stick_breaking.state",
     "StickBreakingConfig": "stick_breaking.config",
@@ -80,18 +127,27 @@ _LAZY = {
     "WindowConfig": "window.config",
     "WindowState": "window.state",
 }
-_SUBMODULES = ("hf", "mechanisms", "models", "nn", "testing")
+_SUBMODULES = ("distributed", "hf", "mechanisms", "models", "nn", "testing")
 
 __all__ = [
     "AttentionOutput",
     "ConfigError",
+    "ConvBasis",
+    "ConvBasisConfig",
+    "ConvBasisStats",
     "ExactConfig",
     "Explanation",
+    "HyperConfig",
+    "HyperState",
     "Impl",
+    "InfiniConfig",
+    "InfiniOutput",
+    "InfiniState",
     "LongspanError",
     "LongspanWarning",
     "MissingExtraError",
     "PatchError",
+    "RankError",
     "ShapeError",
     "StickBreakingChunk",
     "StickBreakingConfig",
@@ -103,10 +159,23 @@ __all__ = [
     "WindowState",
     "__version__",
     "attention",
+    "conv_basis_apply",
+    "conv_basis_attention",
+    "conv_basis_attention_varlen",
+    "conv_basis_attention_with_lse",
+    "conv_basis_check",
+    "conv_basis_recover",
     "exact_attention",
     "exact_attention_varlen",
     "exact_attention_with_lse",
     "explain",
+    "hyper_attention",
+    "hyper_attention_chunk",
+    "hyper_attention_varlen",
+    "hyper_attention_with_lse",
+    "infini_attention",
+    "infini_attention_chunk",
+    "infini_attention_varlen",
     "merge",
     "merge_stick_breaking",
     "patched_sdpa",
@@ -115,6 +184,8 @@ __all__ = [
     "stick_breaking_attention_stats",
     "stick_breaking_attention_varlen",
     "stick_breaking_attention_with_remainder",
+    "toeplitz_attention",
+    "toeplitz_attention_with_lse",
     "window_attention",
     "window_attention_varlen",
     "window_attention_with_lse",

@@ -11,6 +11,7 @@ __all__ = [
     "LongspanWarning",
     "MissingExtraError",
     "PatchError",
+    "RankError",
     "ShapeError",
     "UnsupportedError",
     "nearest_name",
@@ -35,6 +36,10 @@ class UnsupportedError(LongspanError, NotImplementedError):
 
 class PatchError(LongspanError, RuntimeError):
     """A model cannot be patched, or was changed while it was patched."""
+
+
+class RankError(LongspanError, RuntimeError):
+    """A process of a distributed group stopped, or calls with something else than the others."""
 
 
 class MissingExtraError(LongspanError, ImportError):

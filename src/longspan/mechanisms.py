@@ -33,7 +33,7 @@ class Mechanism:
     paper: str
     package: str
     config_name: str
-    merge: str = "softmax"  # algebra of its partial results: "softmax" or "stick_breaking"
+    merge: str = "softmax"  # algebra of its partial results: "softmax", "stick_breaking", "none"
     is_exact: bool = False  # equals softmax attention for every setting
     is_causal_only: bool = False
     on_pretrained: bool = True  # meaningful on a pretrained softmax model without training
@@ -107,6 +107,14 @@ _TABLE = (
         has_triton=True,
     ),
     Mechanism(
+        name="hyper",
+        summary="far keys only where an index finds large scores, centroids for the rest",
+        paper="arXiv:2310.05869",
+        package="hyper",
+        config_name="HyperConfig",
+        state_name="HyperState",
+    ),
+    Mechanism(
         name="stick_breaking",
         summary="keys take shares of a stick, nearest first: no positions, exact, early stop",
         paper="arXiv:2410.17980",
@@ -117,6 +125,28 @@ _TABLE = (
         on_pretrained=False,
         state_name="StickBreakingState",
         has_triton=True,
+    ),
+    Mechanism(
+        name="conv_basis",
+        summary="scores as few Toeplitz matrices, by FFT; heads unlike that fall back to exact",
+        paper="arXiv:2405.05219",
+        package="conv_basis",
+        config_name="ConvBasisConfig",
+        is_causal_only=True,
+        has_triton=True,
+    ),
+    Mechanism(
+        name="infini",
+        summary="causal attention in segments, and a gated memory of constant size of all before",
+        paper="arXiv:2404.07143",
+        package="infini",
+        config_name="InfiniConfig",
+        merge="none",
+        is_causal_only=True,
+        on_pretrained=False,
+        state_name="InfiniState",
+        has_triton=True,
+        has_parameters=True,
     ),
 )
 

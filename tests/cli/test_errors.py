@@ -11,7 +11,7 @@ CASES = {
     "negative length": (["compare", "--length=-5"], r"--length: -5 came\. Allowed: 2 or more"),
     "unknown mechanism": (
         ["compare", "--attention", "windw:window=3"],
-        r"'windw'.*Did you mean 'window'.*Allowed: exact,",
+        r"'windw'.*Did you mean 'window'.*Allowed: .*exact,",
     ),
     "unknown setting": (
         ["compare", "--attention", "window:windw=3"],

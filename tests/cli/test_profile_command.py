@@ -25,3 +25,24 @@ def test_profile_refuses_what_has_no_spans(longspan, folder, book):
     )
     assert code == 2
     assert "Allowed: exact, stick_breaking" in messages
+
+
+def test_profile_of_convolution_likeness(longspan, folder, book, tmp_path):
+    arguments = ["profile", "--model", folder, "--text", book, "--tokens", 200, "--out", tmp_path,
+                 "--measure", "convolution"]  # fmt: skip
+    code, out, _ = longspan(*arguments)
+    assert code == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 4
+    assert all(0 <= row["window"] <= 1 for row in rows)
+    assert "fail without" in out
+    assert "How convolution-like each head is" in (tmp_path / "convolution.html").read_text()
+    assert longspan(*arguments)[:2] == (0, out), "the same folder again uses its rows"
+
+
+def test_profile_refuses_an_unknown_measure(longspan, folder, book):
+    code, _, messages = longspan(
+        "profile", "--model", folder, "--text", book, "--measure", "convolutions"
+    )
+    assert code == 2
+    assert "Did you mean 'convolution'" in messages

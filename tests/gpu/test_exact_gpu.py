@@ -94,3 +94,16 @@ def test_decoding_and_long_lse():
     want = softmax_oracle(q, k, v)
     assert relative_error(got.output, want.output) < 5e-3
     torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_that_is_a_slice_of_a_longer_one():
+    """torch.cat hands its backward slices: strides that cuDNN's own backward misreads."""
+    q, k, v = make_qkv(1, 8, 256, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    upstream = torch.randn(1, 8, 1024, 128, device="cuda", dtype=torch.bfloat16)[:, :, :256]
+    got = torch.autograd.grad(exact_attention(q, k, v, is_causal=True), (q, k, v), upstream)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    want = torch.autograd.grad(
+        softmax_oracle(*wide, is_causal=True).output, wide, upstream.double()
+    )
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-2

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from longspan import WindowConfig, window_attention, window_attention_varlen
+from longspan._triton.launch import KernelConfig
+from longspan._validation import validate
 from longspan.testing import make_qkv
+from longspan.window.impl.reference import window_reference
+from longspan.window.impl.triton.forward import triton_forward
 from longspan.window.ops import window_fwd
 from window_cases import CASES, Case, assert_matches_reference, attend
 
@@ -40,6 +44,29 @@ def test_large_shapes_in_single_precision(case, nan_scratch):
 @pytest.mark.parametrize("case", [*CASES[::2], CASES[25], CASES[27]], ids=lambda c: c.id)
 def test_small_shapes(case, nan_scratch):
     assert_matches_reference(case, "triton", torch.bfloat16, "cuda")
+
+
+ODD = Case(340, 340, heads=6, kv_heads=1, dim=20, value_dim=5, transposed=True, window=90)
+
+
+@pytest.mark.parametrize("case", [ODD, LARGE[0], LARGE[4]], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "kernel",
+    [KernelConfig(64, 64, 4, 3, None, True), KernelConfig(128, 32, 8, 4, 128, True)],
+)
+def test_forward_of_each_kind_of_configuration(kernel, case):
+    q, k, v = make_qkv(case.batch, case.heads, case.n_q, case.dim, n_k=case.n_k,
+                       kv_heads=case.kv_heads, value_dim=case.value_dim, dtype=torch.bfloat16,
+                       device="cuda", transposed=case.transposed)  # fmt: skip
+    lengths = torch.tensor([case.n_k, case.n_k - 5], device="cuda") if case.padded else None
+    call = validate("test", q, k, v, is_causal=case.is_causal, enable_gqa=True,
+                    query_offset=case.offset, key_lengths=lengths)  # fmt: skip
+    config = WindowConfig(window=case.window, num_sinks=case.sinks)
+    output, lse = triton_forward(call, config, None, None, 0, 0, kernel)
+    want = window_reference(call._replace(query=q.double(), key=k.double(), value=v.double()),
+                            config)  # fmt: skip
+    assert (output.double() - want.output).norm() < 6e-3 * want.output.norm()
+    torch.testing.assert_close(lse.double(), want.lse, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

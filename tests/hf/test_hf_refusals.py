@@ -11,7 +11,13 @@ import pytest
 import torch
 from tiny_models import distance, padded, tiny, tokens
 
-from longspan import ExactConfig, LongspanWarning, UnsupportedError, WindowConfig
+from longspan import (
+    ExactConfig,
+    InfiniConfig,
+    LongspanWarning,
+    UnsupportedError,
+    WindowConfig,
+)
 from longspan.hf import attention, compat, patch
 from longspan.hf.attention import longspan_attention
 from longspan.hf.masks import longspan_mask
@@ -215,3 +221,11 @@ def test_missing_transformers_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.search(r"longspan\.hf needs.*'transformers'.*longspan\[hf\]", done.stdout)
+
+
+def test_infini_attention_refuses_rotated_keys(model):
+    """A patched model hands over rotated keys, which must not enter the memory."""
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedError, match="positions must not enter the memory"):
+        patch(model, InfiniConfig(segment_length=4))
+    assert model.config._attn_implementation == before

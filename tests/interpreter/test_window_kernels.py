@@ -12,8 +12,12 @@ from longspan import (
     window_attention_varlen,
     window_attention_with_lse,
 )
+from longspan._triton.launch import KernelConfig, pick
+from longspan._validation import validate
 from longspan.testing import make_qkv
 from longspan.window import window_attention_chunk
+from longspan.window.impl.reference import window_reference
+from longspan.window.impl.triton.forward import triton_forward
 from longspan.window.ops import window_fwd
 from window_cases import CASES, Case, assert_matches_reference, attend
 
@@ -21,6 +25,28 @@ from window_cases import CASES, Case, assert_matches_reference, attend
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_float32(case, nan_scratch):
     assert_matches_reference(case, "triton", torch.float32)
+
+
+@pytest.mark.parametrize("is_one_loop", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_both_orders_of_tiles(case, is_one_loop, nan_scratch):
+    """The forward of both kinds of configuration, whichever is the default."""
+    q, k, v = make_qkv(case.batch, case.heads, case.n_q, case.dim, n_k=case.n_k,
+                       kv_heads=case.kv_heads, value_dim=case.value_dim, kind=case.kind,
+                       transposed=case.transposed)  # fmt: skip
+    lengths = torch.tensor([case.n_k, case.n_k - 5]) if case.padded else None
+    config = WindowConfig(window=case.window, num_sinks=case.sinks)
+    call = validate("test", q, k, v, is_causal=case.is_causal, scale=case.scale, enable_gqa=True,
+                    query_offset=case.offset, key_lengths=lengths)  # fmt: skip
+    kernel = pick([KernelConfig(64, 64, 4, 2, is_one_loop=is_one_loop)])
+    assert kernel.is_one_loop == is_one_loop
+    got = triton_forward(call, config, None, None, 0, 0, kernel)
+    want = window_reference(call._replace(query=q.double(), key=k.double(), value=v.double()),
+                            config)  # fmt: skip
+    size = max(1.0, want.lse.masked_fill(want.lse.isinf(), 0.0).abs().max().item())
+    assert got[0].shape == want.output.shape
+    torch.testing.assert_close(got[0].double(), want.output, rtol=0, atol=2e-6 * size)
+    torch.testing.assert_close(got[1].double(), want.lse, rtol=0, atol=2e-6 * size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

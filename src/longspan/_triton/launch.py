@@ -17,13 +17,17 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class KernelConfig(NamedTuple):
-    """One launch configuration: tile sizes, warps, pipeline stages, a cap on registers a thread."""
+    """One launch configuration: tile sizes, warps, pipeline stages, a cap on registers a thread.
+
+    is_one_loop: for kernels that can visit masked and unmasked tiles in one loop or in several.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    is_one_loop: bool = False
 
     def options(self) -> dict[str, int]:
         """Launch options for Triton."""
@@ -67,7 +71,7 @@ def pick(configs: Sequence[KernelConfig]) -> KernelConfig:
         from .interpreter import repair_interpreter
 
         repair_interpreter()
-        return KernelConfig(16, 16, 4, 1)
+        return KernelConfig(16, 16, 4, 1, is_one_loop=configs[0].is_one_loop)
     return configs[0]
 
 

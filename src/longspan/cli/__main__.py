@@ -9,7 +9,7 @@ from ..errors import LongspanError, MissingExtraError
 
 __all__ = ["main"]
 
-_COMMANDS = ("compare", "ppl", "passkey", "profile", "bench", "info", "selfcheck", "models")
+_COMMANDS = ("compare", "ppl", "passkey", "profile", "plan", "bench", "info", "selfcheck", "models")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -306,7 +306,7 @@ def _torch_call(
     elif call.query.is_cuda and capability(call.query.device.index or 0) >= (9, 0):
         chosen = sdpa_kernel(_HOPPER_ORDER, set_priority=True)
     with chosen:
-        return F.scaled_dot_product_attention(
+        output = F.scaled_dot_product_attention(
             call.query,
             call.key,
             call.value,
@@ -316,6 +316,23 @@ def _torch_call(
             scale=call.scale,
             enable_gqa=call.query.shape[1] != call.key.shape[1],
         )
+    if output.is_cuda and output.requires_grad:
+        # cuDNN's backward (torch 2.11) misreads an upstream gradient that is a slice of a longer
+        # one, as torch.cat and narrow make them: wrong dq, dk and dv without an error.
+        return _DenseGradient.apply(output)  # type: ignore[no-untyped-call,no-any-return]
+    return output
+
+
+class _DenseGradient(torch.autograd.Function):
+    """Identity whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def _lse_backend(

@@ -15,6 +15,7 @@ if importlib.util.find_spec("transformers") is None:
     raise MissingExtraError.for_module("longspan.hf", "transformers", "hf")
 
 if TYPE_CHECKING:
+    from .across_ranks import context_parallel
     from .attention import IMPLEMENTATION, register
     from .cache import make_cache
     from .checkpoint import load_adapter, save_adapter
@@ -27,6 +28,7 @@ _LAZY = {
     "IMPLEMENTATION": "attention",
     "register": "attention",
     "make_cache": "cache",
+    "context_parallel": "across_ranks",
     "load_adapter": "checkpoint",
     "save_adapter": "checkpoint",
     "Patch": "patching",
@@ -45,6 +47,7 @@ __all__ = [
     "LayerReport",
     "Patch",
     "PositionReport",
+    "context_parallel",
     "format_config",
     "load_adapter",
     "make_cache",

@@ -163,24 +163,7 @@ def _within_window(route: Route, sliding_window: int, n_k: int) -> Route:
 def _check(
     module: nn.Module, route: Route, dropout: float, is_causal: bool | None, kwargs: dict[str, Any]
 ) -> None:
-    for name in _CHANGES_MATHEMATICS:
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(
-                f"{name}: {route.name} was called with it, but longspan's attention has no such "
-                "term, and without it the result would be wrong. Use this model with "
-                "attn_implementation='eager' or 'sdpa' instead."
-            )
-    if kwargs.get("cache") is not None:
-        raise UnsupportedError(
-            f"cache: {route.name} was called with a paged cache (continuous batching), which is "
-            "not supported. Use generate() instead of generate_batch()."
-        )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal:
-        raise UnsupportedError(
-            f"is_causal: {route.name} is not causal (an encoder or cross attention); only causal "
-            "self-attention is supported. Use another attn_implementation for this module."
-        )
+    refuse_changes(module, route.name, is_causal, kwargs)
     if not route.mechanism.is_exact:
         _refuse_dropout(route, dropout, f"{route.mechanism.name!r}")
     if torch.compiler.is_compiling():
@@ -196,6 +179,30 @@ def _check(
         _warn_once(
             "output_attentions=True: attention weights are never formed, None is returned for "
             "them. Use attn_implementation='eager' to see weights."
+        )
+
+
+def refuse_changes(
+    module: nn.Module, layer: str, is_causal: bool | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise for what a model asks of an attention function and longspan's has not."""
+    for name in _CHANGES_MATHEMATICS:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(
+                f"{name}: {layer} was called with it, but longspan's attention has no such "
+                "term, and without it the result would be wrong. Use this model with "
+                "attn_implementation='eager' or 'sdpa' instead."
+            )
+    if kwargs.get("cache") is not None:
+        raise UnsupportedError(
+            f"cache: {layer} was called with a paged cache (continuous batching), which is "
+            "not supported. Use generate() instead of generate_batch()."
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:
+        raise UnsupportedError(
+            f"is_causal: {layer} is not causal (an encoder or cross attention); only causal "
+            "self-attention is supported. Use another attn_implementation for this module."
         )
 
 

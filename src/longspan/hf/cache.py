@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import PatchError
 from .cache_layer import BoundedLayer
+from .indexed_layer import IndexedLayer
 from .patching import patch_of
 
 __all__ = ["make_cache"]
@@ -22,8 +23,9 @@ def make_cache(model: nn.Module) -> Cache:
 
     Returns:
         A transformers `Cache` for `generate(past_key_values=...)` or `model(past_key_values=...)`.
-        Patched full-attention layers whose mechanism has a bounded state get a `BoundedLayer`;
-        the others what transformers would give them (`DynamicLayer`, sliding layers).
+        Patched full-attention layers whose mechanism has a bounded state get a `BoundedLayer`,
+        those that index their keys an `IndexedLayer`, which keeps the index; the others what
+        transformers would give them (`DynamicLayer`, sliding layers).
 
     Raises:
         PatchError: the model is not patched.
@@ -46,12 +48,17 @@ def make_cache(model: nn.Module) -> Cache:
     config = next(iter(routes.values()))[0].module.config
     layers = list(DynamicCache(config=config).layers)
     for attention, route in routes.values():
-        state = route.mechanism.state_class
+        state: Any = route.mechanism.state_class
         if route.reason is not None or attention.is_sliding or not hasattr(state, "kept_keys"):
             continue
-        kept = state.kept_keys(route.config)  # type: ignore[union-attr]
+        position = cast(int, attention.module.layer_idx)
+        if hasattr(state, "index_cache"):
+            index = state.index_cache(route.config)
+            if index is not None:
+                layers[position] = IndexedLayer(index)
+            continue
+        kept = state.kept_keys(route.config)
         if kept is None:  # these settings need every key
             continue
-        position = cast(int, attention.module.layer_idx)
         layers[position] = BoundedLayer(*kept)
     return Cache(layers=layers)

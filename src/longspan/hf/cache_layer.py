@@ -11,11 +11,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError
 
-__all__ = ["BoundedLayer", "holder_of"]
+__all__ = ["BoundedLayer", "holder_of", "not_traced"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _HOLDER = "_longspan_cache_layer"
-_NOT_TRACED: Callable[[_Function], _Function] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+not_traced: Callable[[_Function], _Function] = torch.compiler.disable(  # type: ignore[no-untyped-call]
     reason="a cache made by longspan.hf.make_cache changes its length; with fullgraph=True use "
     "transformers' StaticCache"
 )
@@ -53,7 +53,7 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.columns = self.columns.to(self.device)
         self.is_initialized = True
 
-    @_NOT_TRACED
+    @not_traced
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -69,12 +69,12 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
         setattr(self.keys, _HOLDER, self)
         return self.keys, self.values
 
-    @_NOT_TRACED
+    @not_traced
     def mask_of_keys(self, mask: Tensor) -> Tensor:
         """(B, K) of a mask over all tokens seen (B, seen): the columns of the keys held now."""
         return mask.gather(1, self.columns.expand(mask.shape[0], -1))
 
-    @_NOT_TRACED
+    @not_traced
     def trim(self, key_mask: Tensor | None) -> None:
         """Drop what no later query can see. key_mask: (B, K), True for real tokens; None: all."""
         self.keys.__dict__.pop(_HOLDER, None)  # a tensor that points at its owner is never freed

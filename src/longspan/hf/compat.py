@@ -6,12 +6,13 @@ an undocumented name.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..distributed.compat import context_parallel_reason
 
 __all__ = [
     "can_dispatch",
@@ -53,21 +54,3 @@ def mask_parts(function: Callable[..., Any]) -> Iterator[str]:
         for part in held if isinstance(held, (tuple, list)) else (held,):
             if callable(part) and not isinstance(part, (type, torch.Tensor)):
                 yield from mask_parts(part)
-
-
-def context_parallel_reason() -> str | None:
-    """What says that this process holds only one shard of the sequence; None if nothing does."""
-    accelerate_state = sys.modules.get("accelerate.state")
-    if accelerate_state is not None:
-        shared = accelerate_state.AcceleratorState._shared_state  # accelerate 1.15
-        parallelism = shared.get("parallelism_config")
-        if getattr(parallelism, "cp_enabled", False):
-            return f"accelerate's ParallelismConfig(cp_size={parallelism.cp_size})"
-    attention = sys.modules.get(
-        "torch.distributed.tensor.experimental._context_parallel._attention"
-    )
-    # torch 2.13: while `context_parallel` is active, SDPA is one of its replacements.
-    swapped = getattr(attention, "_replaced_functions", ())
-    if torch.nn.functional.scaled_dot_product_attention in swapped:
-        return "torch's context_parallel"
-    return None

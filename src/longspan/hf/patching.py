@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import LongspanWarning, PatchError
+from ..errors import LongspanWarning, PatchError, UnsupportedError
 from ..exact.config import ExactConfig
+from ..infini.config import InfiniConfig
 from ..mechanisms import get_mechanism, mechanism_of_config
 from .attention import IMPLEMENTATION, ROUTE, register
 from .compat import get_implementation, set_implementation
@@ -90,6 +91,7 @@ def patch(
             f"layers: {layers!r} selects none of the {len(found)} attention layers, of which "
             f"{len(sliding)} have a sliding window. Use layers='every' or name indices."
         )
+    _refuse_rotated_memory(plan)
     _warn_untrained(plan)
     return Patch(model, found, plan, settings, verify)
 
@@ -234,6 +236,17 @@ def patch_of(model: nn.Module) -> dict[int, tuple[AttentionLayer, Route]] | None
         if hasattr(layer.module, ROUTE)
     }
     return routes or None
+
+
+def _refuse_rotated_memory(plan: LayerPlan) -> None:
+    """Infini-attention must not store keys that the model has rotated."""
+    if any(isinstance(config, InfiniConfig) for config in plan.configs.values()):
+        raise UnsupportedError(
+            "patch: config is an InfiniConfig, but a patched model hands over queries and keys "
+            "that are rotated already, and positions must not enter the memory. Use "
+            "longspan.nn.InfiniAttention, or longspan.infini_attention with memory_query and "
+            "memory_key, in a model of yours."
+        )
 
 
 def _warn_untrained(plan: LayerPlan) -> None:

@@ -143,7 +143,8 @@ class CausalAttention:
     ) -> tuple[Tensor, Any]:
         """The next tokens (B, H, n, D) after `state` (None at the start); the state after them."""
         if self.chunk is not None:
-            output, state = self.chunk(query, key, value, state, **self.settings)
+            random = self.random if "seed" in inspect.signature(self.chunk).parameters else {}
+            output, state = self.chunk(query, key, value, state, **self.settings, **random)
             return output, state
         totals = None
         if log_forget is not None:

@@ -6,11 +6,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chunked_mlp import ChunkedMLP
+    from .infini import InfiniAttention, gate_parameter_groups, gate_statistics
     from .stick_breaking import StickBreakingAttention
+    from .toeplitz import ToeplitzAttention
 
-_LAZY = {"StickBreakingAttention": "stick_breaking"}
+_LAZY = {
+    "ChunkedMLP": "chunked_mlp",
+    "InfiniAttention": "infini",
+    "StickBreakingAttention": "stick_breaking",
+    "ToeplitzAttention": "toeplitz",
+    "gate_parameter_groups": "infini",
+    "gate_statistics": "infini",
+}
 
-__all__ = ["StickBreakingAttention"]
+__all__ = [
+    "ChunkedMLP",
+    "InfiniAttention",
+    "StickBreakingAttention",
+    "ToeplitzAttention",
+    "gate_parameter_groups",
+    "gate_statistics",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,11 +39,11 @@ def window_fwd(
     call = Call(query, key, value, key_lengths, is_causal, scale, query_offset)
     config = WindowConfig(window=window, num_sinks=num_sinks)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    with torch.autocast(query.device.type, enabled=False):
-        if impl == "triton":
-            from .impl.triton.forward import triton_forward
+    if impl == "triton":
+        from .impl.triton.forward import triton_forward
 
-            return triton_forward(call, config, *packing)
+        return triton_forward(call, config, *packing)
+    with torch.autocast(query.device.type, enabled=False):
         from .impl.eager import eager_forward
 
         if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -90,11 +90,11 @@ def window_bwd(
     call = Call(query, key, value, key_lengths, is_causal, scale, query_offset)
     config = WindowConfig(window=window, num_sinks=num_sinks)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    with torch.autocast(query.device.type, enabled=False):
-        if impl == "triton":
-            from .impl.triton.backward import triton_backward
+    if impl == "triton":
+        from .impl.triton.backward import triton_backward
 
-            return triton_backward(call, config, grad_output, grad_lse, output, lse, *packing)
+        return triton_backward(call, config, grad_output, grad_lse, output, lse, *packing)
+    with torch.autocast(query.device.type, enabled=False):
         from .impl.eager import eager_backward
 
         if cu_seqlens_q is None or cu_seqlens_k is None:

@@ -27,6 +27,7 @@ from .configs import (
 from .tiles import (
     LOG2E,
     block_dim,
+    cut,
     grid_of,
     kernel_input,
     kernel_settings,
@@ -36,6 +37,7 @@ from .tiles import (
     run_bounds,
     sequence_of,
     store_tile,
+    tiles_of,
     upcasts,
     visible,
 )
@@ -434,19 +436,19 @@ def triton_backward(
     numbers = (rows, keys, call.query_offset, window, num_sinks)
 
     sizes = query_kernel or pick([query_config(dim, value_dim, q.dtype, shared)])
-    _window_query_bwd_kernel[grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)](
+    _window_query_bwd_kernel[grid_of(tiles_of(rows, sizes.block_m), entries, heads)](
         *inputs, dq, *placing, *strides, *dq.stride()[:3], *lse.stride()[:2],
         call.scale, heads, *numbers, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
         BLOCK_S=SINK_TILE, **sizes.options(), **common,
     )  # fmt: skip
 
     run_rows = 32 if interpreting() else sink_rows(config.num_sinks)
-    runs = triton.cdiv(rows, run_rows)
+    runs = tiles_of(rows, run_rows)
     parts = [q.new_empty((entries, heads, runs, num_sinks, width), dtype=torch.float32)
              for width in (dim, value_dim)]  # fmt: skip
     if num_sinks > 0:
         sizes = pick([sink_config(dim, value_dim, q.dtype)])
-        grid = grid_of(runs * triton.cdiv(num_sinks, sizes.block_n), entries, heads)
+        grid = grid_of(runs * tiles_of(num_sinks, sizes.block_n), entries, heads)
         _window_sink_bwd_kernel[grid](
             *inputs, *parts, *placing, *strides, *lse.stride()[:2],
             call.scale, heads, *numbers, BLOCK_M=sizes.block_m, BLOCK_S=sizes.block_n,
@@ -454,7 +456,7 @@ def triton_backward(
         )  # fmt: skip
 
     sizes = key_kernel or pick([key_config(dim, value_dim, q.dtype, shared)])
-    _window_key_bwd_kernel[grid_of(triton.cdiv(keys, sizes.block_n), entries, kv_heads)](
+    _window_key_bwd_kernel[grid_of(tiles_of(keys, sizes.block_n), entries, kv_heads)](
         *inputs, *parts, dk, dv, *placing, *strides, *dk.stride()[:3], *dv.stride()[:3],
         *lse.stride()[:2], call.scale, kv_heads, *numbers, runs, BLOCK_M=sizes.block_m,
         BLOCK_N=sizes.block_n, ROWS=run_rows, **sizes.options(), **common,
@@ -466,7 +468,7 @@ def _cut(
     grads: tuple[Tensor, Tensor, Tensor], dims: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients without the columns that `kernel_input` added, contiguous."""
-    dq, dk, dv = (grad[..., :dim].contiguous() for grad, dim in zip(grads, dims, strict=True))
+    dq, dk, dv = (cut(grad, dim) for grad, dim in zip(grads, dims, strict=True))
     return dq, dk, dv
 
 
@@ -475,7 +477,7 @@ def _delta(grad_output: Tensor, output: Tensor, grad_lse: Tensor | None) -> Tens
     batch, heads, n_q, value_dim = output.shape
     delta = output.new_empty((batch, heads, n_q), dtype=torch.float32)
     rows = 16 if interpreting() else _DELTA_ROWS
-    _window_delta_bwd_kernel[grid_of(triton.cdiv(n_q, rows), batch, heads)](
+    _window_delta_bwd_kernel[grid_of(tiles_of(n_q, rows), batch, heads)](
         output, grad_output, None if grad_lse is None else grad_lse.contiguous(), delta,
         *output.stride()[:3], *grad_output.stride()[:3], heads, n_q,
         VALUE_DIM=value_dim, BLOCK_M=rows, BLOCK_DV=block_dim(value_dim),

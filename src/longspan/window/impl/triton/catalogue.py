@@ -76,7 +76,8 @@ def _case(
         "cu_q_ptr": None, "cu_k_ptr": None, "lengths_ptr": None, "GROUP": 1, "DIM": dim,
         "VALUE_DIM": dim, "BLOCK_M": sizes.block_m, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(dim), "IS_CAUSAL": True, "IS_PACKED": False, "HAS_LENGTHS": False,
-        "HAS_DLSE": False, "FLIP": False, "UPCAST": False, **blocks,
+        "HAS_DLSE": False, "FLIP": False, "UPCAST": False,
+        "ONE_LOOP": sizes.is_one_loop, **blocks,
     }  # fmt: skip
     if name == "window/delta_bwd":
         known["dlse_ptr"] = None

@@ -6,6 +6,8 @@ every run. `benchmarks/window.py --tune` times others.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ...._triton.launch import KernelConfig, interpreting
@@ -30,7 +32,7 @@ _LARGE, _MEDIUM = 200 * 1024, 150 * 1024
 # on an H100 (large); the others are chosen by registers and shared memory, see resources.json.
 _FORWARD = {
     ("large", 64): KernelConfig(64, 64, 4, 3),
-    ("large", 128): KernelConfig(64, 64, 4, 3),
+    ("large", 128): KernelConfig(128, 32, 8, 4, 128, True),
     ("large", 256): KernelConfig(64, 64, 8, 2),
     ("medium", 64): KernelConfig(64, 64, 4, 3),
     ("medium", 128): KernelConfig(64, 32, 4, 2),
@@ -80,8 +82,11 @@ _SINGLE_KEY = {
 
 def shared_class(device: torch.device) -> str:
     """ "large" (H100 and later data centre), "medium" (A100) or "small" (other) shared memory."""
-    if interpreting():
-        return "large"
+    return "large" if interpreting() else _class_of(device)
+
+
+@functools.cache  # a call takes 5 us
+def _class_of(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     limit = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009 (absent in its stub)
     return "large" if limit > _LARGE else "medium" if limit > _MEDIUM else "small"

@@ -24,6 +24,7 @@ from .tiles import (
     LN2,
     LOG2E,
     block_dim,
+    cut,
     grid_of,
     kernel_input,
     kernel_settings,
@@ -33,6 +34,7 @@ from .tiles import (
     run_bounds,
     sequence_of,
     store_tile,
+    tiles_of,
     upcasts,
     visible,
 )
@@ -44,12 +46,16 @@ _UNSPECIALIZED = ["n_q", "n_k", "query_offset", "window", "num_sinks"]
 
 @triton.jit
 def _accumulate(
-    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, limit, p, offs_n, offs_d, offs_dv,
-    scale, n_k, window, num_sinks,
+    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, limit, is_full, p, offs_n, offs_d,
+    offs_dv, scale, n_k, window, num_sinks,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax; KIND is "full", "masked" or "sink" (columns below limit)."""
+    """One step of the online softmax over the keys start .., of which those below limit exist.
+
+    KIND: "full" (every score counts), "masked", "sink" (all keys below limit count), or "mixed"
+    (full if is_full, else masked).
+    """
     k = load_tile(
         k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
     )
@@ -60,11 +66,12 @@ def _accumulate(
         shrink = tl.math.exp2(m_i - m_new)
     else:
         j = start + offs_n
-        if KIND == "masked":
-            seen = visible(p, j, n_k, window, num_sinks, IS_CAUSAL)
-        else:
-            seen = (j < limit)[None, :]
-        s = tl.where(seen, s, float("-inf"))
+        if KIND == "sink":
+            s = tl.where((j < limit)[None, :], s, float("-inf"))
+        elif KIND == "masked":  # noqa: SIM114 (known at compile time, is_full is not)
+            s = tl.where(visible(p, j, n_k, window, num_sinks, IS_CAUSAL), s, float("-inf"))
+        elif not is_full:
+            s = tl.where(visible(p, j, n_k, window, num_sinks, IS_CAUSAL), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN in empty rows
         w = tl.math.exp2(s * scale - m_safe[:, None])
@@ -87,7 +94,7 @@ def _window_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    FLIP: tl.constexpr, UPCAST: tl.constexpr,
+    FLIP: tl.constexpr, UPCAST: tl.constexpr, ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of BLOCK_M queries of one head."""
     tiles = tl.cdiv(n_q, BLOCK_M)
@@ -124,23 +131,35 @@ def _window_fwd_kernel(
     p = first + offs_m
     begin, full_begin, full_end, end, sink_end = run_bounds(
         first, last, n_k, window, num_sinks, IS_CAUSAL, BLOCK_N)  # fmt: skip
-    # The sinks first: their loads overlap with those of the queries.
-    for start in range(0, sink_end, BLOCK_S):
-        acc, l_i, m_i = _accumulate(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, p,
-            tl.arange(0, BLOCK_S), offs_d, offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
-    for start in range(full_begin, full_end, BLOCK_N):
-        acc, l_i, m_i = _accumulate(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
-            offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            IS_CAUSAL, "full", UPCAST)  # fmt: skip
-    for t in range(0, masked_count(begin, full_begin, full_end, end, BLOCK_N)):
-        start = masked_tile(t, begin, full_begin, full_end, BLOCK_N)
-        acc, l_i, m_i = _accumulate(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
-            offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            IS_CAUSAL, "masked", UPCAST)  # fmt: skip
+    if ONE_LOOP:  # one pipeline, filled once, over tiles with and without a mask
+        sink_tiles = tl.cdiv(tl.maximum(sink_end, 0), BLOCK_N)
+        tiles = sink_tiles + tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
+        skipped = begin - sink_tiles * BLOCK_N
+        for t in range(0, tiles):
+            start = t * BLOCK_N + tl.where(t < sink_tiles, 0, skipped)
+            is_full = (start >= full_begin) & (start < full_end)
+            acc, l_i, m_i = _accumulate(
+                acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, is_full, p,
+                offs_n, offs_d, offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D,
+                BLOCK_DV, IS_CAUSAL, "mixed", UPCAST)  # fmt: skip
+    else:
+        # The sinks first: their loads overlap with those of the queries.
+        for start in range(0, sink_end, BLOCK_S):
+            acc, l_i, m_i = _accumulate(
+                acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, False, p,
+                tl.arange(0, BLOCK_S), offs_d, offs_dv, scale, n_k, window, num_sinks, DIM,
+                VALUE_DIM, BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
+        for start in range(full_begin, full_end, BLOCK_N):
+            acc, l_i, m_i = _accumulate(
+                acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, True, p, offs_n,
+                offs_d, offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                IS_CAUSAL, "full", UPCAST)  # fmt: skip
+        for t in range(0, masked_count(begin, full_begin, full_end, end, BLOCK_N)):
+            start = masked_tile(t, begin, full_begin, full_end, BLOCK_N)
+            acc, l_i, m_i = _accumulate(
+                acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, False, p, offs_n,
+                offs_d, offs_dv, scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                IS_CAUSAL, "masked", UPCAST)  # fmt: skip
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
@@ -168,14 +187,14 @@ def triton_forward(
     if cu_seqlens_q is not None:
         entries, rows, keys = len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
     if output.numel() == 0 or rows == 0 or keys == 0:
-        return output[..., : call.value.shape[-1]].zero_(), lse.fill_(float("-inf"))
+        return cut(output, call.value.shape[-1]).zero_(), lse.fill_(float("-inf"))
     scale = call.scale
     if scale == 0.0:  # -inf * 0 is NaN
         query, scale = torch.zeros_like(query), 1.0
     sizes = kernel or pick(
         [forward_config(dim, value_dim, query.dtype, shared_class(query.device))]
     )
-    grid = grid_of(triton.cdiv(rows, sizes.block_m), entries, heads)
+    grid = grid_of(tiles_of(rows, sizes.block_m), entries, heads)
     _window_fwd_kernel[grid](
         query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, call.key_lengths,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
@@ -185,7 +204,7 @@ def triton_forward(
         BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE,
         BLOCK_D=block_dim(dim), BLOCK_DV=block_dim(value_dim),
         IS_CAUSAL=call.is_causal, IS_PACKED=cu_seqlens_q is not None, HAS_LENGTHS=call.key_lengths is not None,
-        FLIP=scale < 0, UPCAST=upcasts(query.dtype, interpreting()),
+        FLIP=scale < 0, UPCAST=upcasts(query.dtype, interpreting()), ONE_LOOP=sizes.is_one_loop,
         **sizes.options(),
     )  # fmt: skip
-    return output[..., : call.value.shape[-1]].contiguous(), lse
+    return cut(output, call.value.shape[-1]), lse

@@ -1,0 +1,365 @@
+"""Infini-attention against torch's attention on the segments alone: checks first, then times.
+
+    python benchmarks/infini.py --out rows.jsonl [--parts train,scaling,stream,loop,tune]
+
+The bar is what torch's fastest backend takes for the segments as independent sequences: the same
+local attention without a memory. The floor adds to it the bytes that a memory must move if nothing
+is fused with the local kernel: keys and values once, queries and local outputs once, the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longspan import InfiniConfig, infini_attention, infini_attention_chunk
+from longspan._triton.launch import KernelConfig
+from longspan.bench.environment import environment
+from longspan.bench.measure import Timing, append_rows, make_row, peak_bytes, time_call
+from longspan.infini.features import elu_plus_one
+from longspan.infini.impl.triton.mix import Layout, mix, mix_backward
+from longspan.infini.impl.triton.scan import scan_states
+from longspan.infini.impl.triton.sums import segment_sums, segment_sums_backward
+
+DEVICE = torch.device("cuda")
+DTYPE = torch.bfloat16
+HEADS, DIM, SEGMENT = 32, 128, 2048
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+LIMIT = 1e-2  # relative Frobenius error that counts as verified in bfloat16
+
+
+def draw(length: int, heads: int = HEADS, kv_heads: int | None = None) -> tuple[Tensor, ...]:
+    """query, key, value (1, H, length, DIM) and a gate (H,) from -3 to 3."""
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
+    counts = (heads, kv_heads or heads, kv_heads or heads)
+    made = (
+        torch.randn(1, h, length, DIM, device=DEVICE, dtype=DTYPE, generator=generator)
+        for h in counts
+    )
+    return *made, torch.linspace(-3, 3, heads, device=DEVICE)
+
+
+def error(actual: Tensor, oracle: Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((actual.double() - oracle).norm() / oracle.norm())
+
+
+class Run:
+    """Collects rows, writes each as soon as it exists, and prints a short line."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.environment = path, environment(DEVICE)
+
+    def add(self, impl: str, stage: str, length: int, timing: Timing | None, **more: Any) -> None:
+        """Store one measurement."""
+        shape = {
+            "batch": 1, "heads": more.pop("heads", HEADS), "kv_heads": more.pop("kv_heads", HEADS),
+            "length": length, "head_dim": DIM, "dtype": "bfloat16", "is_causal": True,
+        }  # fmt: skip
+        row = make_row(
+            mechanism=more.pop("mechanism", "infini"), impl=impl, config=more.pop("config", ""),
+            shape=shape, stage=stage, timing=timing, environment=self.environment,
+            verified=more.pop("verified", True), **more,
+        )  # fmt: skip
+        append_rows(self.path, [row])
+        keep = ("errors", "speed", "peak_bytes", "us_per_token", "floor_ms", "ratio_loop", "tile")
+        notes = {name: row[name] for name in keep if row.get(name) is not None}
+        clock = "" if timing is None else f"{timing.ms_p50:.3f} ms"
+        print(row["mechanism"], impl, stage, length, clock, notes, flush=True)
+
+
+def check(config: InfiniConfig, impl: str, length: int) -> dict[str, float]:
+    """Errors of output, state and gradients against the loop in float64, on four heads."""
+    query, key, value, gate = draw(length, 4, 2)
+    grad = torch.randn_like(query)
+
+    def results(dtype: torch.dtype, which: str) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        share = gate.to(wide).requires_grad_()
+        result = infini_attention(*leaves, gate=share, enable_gqa=True, config=config, impl=which)
+        grads = torch.autograd.grad(result.output, [*leaves, share], grad.to(dtype))
+        return [result.output.detach(), result.final_state.memory.detach(), *grads]
+
+    want = results(torch.float64, "reference")
+    names = ("o", "memory", "dq", "dk", "dv", "dgate")
+    return {n: float(f"{error(a, w):.2e}")
+            for n, a, w in zip(names, results(DTYPE, impl), want, strict=True)}  # fmt: skip
+
+
+def segments_of(tensor: Tensor) -> Tensor:
+    """(1, H, S * SEGMENT, D) as a batch of segments (S, H, SEGMENT, D), a view."""
+    return tensor.unflatten(2, (-1, SEGMENT)).transpose(1, 2).squeeze(0)
+
+
+def exact_segments(run: Run, length: int) -> dict[str, float]:
+    """Torch's backends on the segments as independent sequences; the best of each stage in ms."""
+    query, key, value, _ = draw(length)
+    parts = [segments_of(t) for t in (query, key, value)]
+    leaves = [t.contiguous().requires_grad_() for t in parts]
+    grad = torch.randn_like(leaves[0])
+    best: dict[str, float] = {}
+    for name, backend in BACKENDS.items():
+        with sdpa_kernel(backend):
+
+            def forward() -> Tensor:
+                with torch.no_grad():
+                    return F.scaled_dot_product_attention(*leaves, is_causal=True)
+
+            def both() -> Any:
+                out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+                return torch.autograd.grad(out, leaves, grad)
+
+            for stage, function in (("forward", forward), ("forward_backward", both)):
+                timing = time_call(function, device=DEVICE)
+                run.add(name, stage, length, timing, mechanism="exact",
+                        config=f"segments of {SEGMENT}")  # fmt: skip
+                best[stage] = min(best.get(stage, 1e9), timing.ms_p50)
+    return best
+
+
+def ours(
+    run: Run, config: InfiniConfig, impl: str, length: int, best: dict[str, float],
+    rates: dict[str, float], own: bool = False,
+) -> None:  # fmt: skip
+    """Verify, then time forward and forward + backward; `own` passes unrotated queries and keys."""
+    errors = check(config, impl, 4 * SEGMENT + 100)
+    verified = max(errors.values()) <= LIMIT
+    query, key, value, gate = draw(length)
+    leaves = [t.requires_grad_() for t in (query, key, value, gate)]
+    more = {}
+    if own:
+        more = {"memory_query": query.detach().flip(0).clone().requires_grad_(),
+                "memory_key": key.detach().clone().requires_grad_()}  # fmt: skip
+    wanted = [*leaves, *more.values()]
+    grad = torch.randn_like(query)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return infini_attention(
+                query, key, value, gate=gate, config=config, impl=impl, **more
+            ).output
+
+    def both() -> Any:
+        out = infini_attention(
+            query, key, value, gate=gate, config=config, impl=impl, **more
+        ).output
+        return torch.autograd.grad(out, wanted, grad)
+
+    moved = query.numel() * query.element_size() / rates["copy"] / 1e6  # ms for one tensor
+    label = impl if not own else f"{impl}, own memory keys"
+    for stage, function, tensors in (("forward", forward, 5), ("forward_backward", both, 16)):
+        timing = time_call(function, device=DEVICE)
+        run.add(
+            label, stage, length, timing, config=config, errors=errors, verified=verified,
+            speed=round(best[stage] / timing.ms_p50, 3), peak=peak_bytes(function, DEVICE),
+            floor_ms=round(best[stage] + tensors * moved, 3),
+        )  # fmt: skip
+
+
+def pieces(run: Run, length: int) -> None:
+    """Where the time goes: each kernel alone."""
+    query, key, value, gate = draw(length)
+    count = length // SEGMENT
+    memory, total = segment_sums(key, value, None, SEGMENT, count)
+    memory[:, :, 0], total[:, :, 0] = 0, 0
+    memory, total = scan_states(memory), scan_states(total)
+    written = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    layout = Layout(SEGMENT, 0, 0, length, True)
+    scratch = memory.clone()
+    for name, function in (
+        ("states", lambda: segment_sums(key, value, None, SEGMENT, count)),
+        ("scan", lambda: scan_states(scratch)),
+        ("mix", lambda: mix(query, value, memory, total, gate, written, None, layout)),
+        ("mix backward",
+         lambda: mix_backward(key, query, value, memory, total, gate, written, None, layout)),
+        ("states backward",
+         lambda: segment_sums_backward(memory, total, key, value, None, SEGMENT, count)),
+    ):  # fmt: skip
+        run.add(f"kernel {name}", "piece", length, time_call(function, device=DEVICE))
+
+
+def scaling(run: Run, lengths: list[int]) -> None:
+    """Time per token over the length; forward only, 32 query heads over 8 key heads."""
+    config = InfiniConfig(segment_length=SEGMENT)
+    for length in lengths:
+        query, key, value, gate = draw(length, HEADS, 8)
+
+        def forward(inputs: Any = (query, key, value), gate: Tensor = gate) -> Tensor:
+            with torch.no_grad():
+                return infini_attention(*inputs, gate=gate, enable_gqa=True, config=config).output
+
+        timing = time_call(forward, device=DEVICE)
+        run.add("triton", "forward", length, timing, kv_heads=8, config=config,
+                us_per_token=round(timing.ms_p50 * 1e3 / length, 5))  # fmt: skip
+        del query, key, value
+        torch.cuda.empty_cache()
+
+
+def stream(run: Run) -> None:
+    """Prefill in chunks of 16384 and decode: memory and time must not depend on the length."""
+    config = InfiniConfig(segment_length=SEGMENT)
+    query, key, value, gate = draw(16384, HEADS, 8)
+    settings: dict[str, Any] = {"gate": gate, "enable_gqa": True, "config": config}
+    for chunks in (2, 64):
+
+        def prefill(chunks: int = chunks) -> Any:
+            state = None
+            for _ in range(chunks):
+                state = infini_attention_chunk(query, key, value, state, **settings).final_state
+            return state
+
+        with torch.no_grad():
+            prefill()
+            peak = peak_bytes(prefill, DEVICE)
+            timing = time_call(prefill, device=DEVICE, measure_ms=50.0)
+            length = chunks * 16384
+            run.add("triton", "prefill in chunks", length, timing, kv_heads=8, config=config,
+                    peak=peak, us_per_token=round(timing.ms_p50 * 1e3 / length, 5))  # fmt: skip
+            # the unfinished segment at its longest
+            tail = [t[:, :, : SEGMENT - 2] for t in (query, key, value)]
+            state = infini_attention_chunk(*tail, prefill(), **settings).final_state
+            one = [t[:, :, :1] for t in (query, key, value)]
+
+            def step(state: Any = state, one: Any = one) -> Any:
+                return infini_attention_chunk(*one, state, **settings)
+
+            timing = time_call(step, device=DEVICE)
+            run.add("triton", "decode", length, timing, kv_heads=8, config=config,
+                    peak=peak_bytes(step, DEVICE), state_bytes=state.num_bytes)  # fmt: skip
+
+
+def python_loop(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, segment: int) -> Tensor:
+    """The public form, written plainly: a Python loop over segments, state in float32."""
+    share = torch.sigmoid(gate)[None, :, None, None]
+    memory = query.new_zeros(*query.shape[:2], DIM, DIM, dtype=torch.float32)
+    total = query.new_zeros(*query.shape[:2], DIM, 1, dtype=torch.float32)
+    outputs = []
+    for start in range(0, query.shape[2], segment):
+        q, k, v = (t[:, :, start : start + segment] for t in (query, key, value))
+        # A copy, because cuDNN's backward misreads the slices of a gradient that cat hands back.
+        local = F.scaled_dot_product_attention(q, k, v, is_causal=True) * 1.0
+        if start:
+            phi = elu_plus_one(q.float())
+            read = phi @ memory / (phi @ total)
+            local = share * read + (1 - share) * local
+        outputs.append(local.to(value.dtype))
+        phi = elu_plus_one(k.float())
+        memory = memory + phi.transpose(-1, -2) @ v.float()
+        total = total + phi.sum(-2, keepdim=True).transpose(-1, -2)
+    return torch.cat(outputs, 2)
+
+
+def loop(run: Run, length: int = 8192) -> None:
+    """Forward + backward of short segments beside the Python loop."""
+    for segment in (64, 128, 256):
+        config = InfiniConfig(segment_length=segment)
+        leaves = [t.requires_grad_() for t in draw(length, 8)]
+        grad = torch.randn_like(leaves[0])
+
+        def plain(leaves: Any = leaves, segment: int = segment, grad: Tensor = grad) -> Any:
+            return torch.autograd.grad(python_loop(*leaves, segment), leaves, grad)
+
+        def fast(leaves: Any = leaves, config: InfiniConfig = config, grad: Tensor = grad) -> Any:
+            out = infini_attention(*leaves[:3], gate=leaves[3], config=config).output
+            return torch.autograd.grad(out, leaves, grad)
+
+        apart = max(error(a, b.double()) for a, b in zip(fast(), plain(), strict=True))
+        slow = time_call(plain, device=DEVICE, measure_ms=50.0)
+        quick = time_call(fast, device=DEVICE)
+        run.add("python loop", "forward_backward", length, slow, config=config, heads=8,
+                kv_heads=8)  # fmt: skip
+        run.add("triton", "forward_backward", length, quick, config=config, heads=8, kv_heads=8,
+                verified=apart <= 2 * LIMIT, errors={"to_loop": apart},
+                ratio_loop=round(slow.ms_p50 / quick.ms_p50, 2))  # fmt: skip
+
+
+def tune(run: Run, length: int) -> None:
+    """Other tiles for each kernel; each result is compared with the pinned one's."""
+    query, key, value, gate = draw(length)
+    count = length // SEGMENT
+    memory, total = segment_sums(key, value, None, SEGMENT, count)
+    memory[:, :, 0], total[:, :, 0] = 0, 0
+    want_sums = memory.clone()
+    memory, total = scan_states(memory), scan_states(total)
+    written = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    layout = Layout(SEGMENT, 0, 0, length, True)
+    reads = (query, value, memory, total, gate, written, None, layout)
+    trials: list[tuple[str, Callable[[KernelConfig], Any], Any, list[tuple[int, ...]]]] = [
+        ("sums", lambda c: segment_sums(key, value, None, SEGMENT, count, c)[0][:, :, 1:],
+         want_sums[:, :, 1:],
+         [(0, 32, 8, 2), (0, 64, 8, 2), (0, 64, 8, 3), (0, 32, 8, 3), (0, 64, 4, 2)]),
+        ("sums_bwd",
+         lambda c: segment_sums_backward(memory, total, key, value, None, SEGMENT, count, c)[0],
+         None, [(0, 64, 8, 1), (0, 32, 8, 1), (0, 32, 8, 2), (0, 32, 4, 1)]),
+        ("mix", lambda c: mix(*reads, c), None,
+         [(64, 0, 8, 2), (64, 0, 4, 2), (128, 0, 8, 2), (32, 0, 4, 2), (64, 0, 8, 1)]),
+        ("mix_bwd", lambda c: mix_backward(key, *reads, c)[0], None,
+         [(32, 0, 8, 1), (64, 0, 8, 1), (16, 0, 4, 1), (32, 0, 4, 1)]),
+        ("memory_bwd", lambda c: mix_backward(key, *reads, None, c)[2], None,
+         [(32, 0, 8, 2), (64, 0, 8, 2), (64, 0, 8, 1), (32, 0, 8, 3)]),
+    ]  # fmt: skip
+    for name, function, want, candidates in trials:
+        for number, candidate in enumerate(candidates):
+            sizes = KernelConfig(*candidate)
+            try:
+                got = function(sizes)
+            except Exception as reason:  # a tile that does not fit is a result too
+                print(name, candidate, "failed:", type(reason).__name__, flush=True)
+                continue
+            if number == 0 and want is None:
+                want = got.clone()
+            apart = error(got, want.double())
+            timing = time_call(
+                lambda function=function, sizes=sizes: function(sizes), device=DEVICE,
+                warmup_ms=10.0, measure_ms=30.0,
+            )  # fmt: skip
+            run.add(f"tune {name}", "piece", length, timing, tile=list(candidate),
+                    verified=apart <= LIMIT, errors={"to_pinned": apart})  # fmt: skip
+
+
+def ceilings() -> dict[str, float]:
+    """Measured: device copy in GB/s, bytes read and written."""
+    source = torch.empty(2**28, device=DEVICE, dtype=torch.float32).normal_()
+    target = torch.empty_like(source)
+    copy = time_call(lambda: target.copy_(source), device=DEVICE).ms_p50
+    return {"copy": 2 * source.numel() * 4 / copy / 1e6}
+
+
+def main() -> None:
+    """Run the chosen parts and append rows to --out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="JSON lines file to append to")
+    parser.add_argument("--parts", default="train,scaling,stream,loop")
+    parser.add_argument("--tune", action="store_true", help="also try other tiles")
+    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--lengths", default="32768,131072,524288,1048576", help="of scaling")
+    options = parser.parse_args()
+    run, parts, rates = Run(options.out), options.parts.split(","), ceilings()
+    print(rates, flush=True)
+    if "train" in parts:
+        best = exact_segments(run, options.length)
+        linear = InfiniConfig(segment_length=SEGMENT)
+        ours(run, linear, "triton", options.length, best, rates)
+        ours(run, linear, "triton", options.length, best, rates, own=True)
+        delta = InfiniConfig(segment_length=SEGMENT, update="delta")
+        ours(run, delta, "triton", options.length, best, rates)
+        pieces(run, options.length)
+    if "loop" in parts:
+        loop(run)
+    if "stream" in parts:
+        stream(run)
+    if "scaling" in parts:
+        scaling(run, [int(n) for n in options.lengths.split(",")])
+    if options.tune:
+        tune(run, options.length)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How Conv-Basis attention is computed."""

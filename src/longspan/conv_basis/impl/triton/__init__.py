@@ -1,0 +1,1 @@
+"""Triton kernel of Conv-Basis attention: the search for segment borders."""

@@ -1,0 +1,1 @@
+"""Indices over keys: which keys are alike."""

@@ -1,0 +1,180 @@
+"""What each segment adds to the memory, sigma(K)^T V and the sum of sigma(K), and its backward.
+
+One program per segment of a key head. dtypes float16 and bfloat16 (float32 where
+interpreted); head dims up to 128; sm_80 and later; sums in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...._triton.launch import KernelConfig, interpreting, pick
+from .configs import major_of, sums_bwd_config, sums_config
+from .tiles import (
+    block_dim,
+    full_grid,
+    kernel_input,
+    load_rows,
+    phi,
+    split_dot,
+    store_rows,
+    upcasts,
+)
+
+__all__ = ["segment_sums", "segment_sums_backward"]
+
+
+@triton.jit(do_not_specialize=["n_k", "segments"])
+def _infini_sums_kernel(
+    k_ptr, v_ptr, lengths_ptr, m_ptr, z_ptr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    heads, n_k, segments, length,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, HALF: tl.constexpr, LOW_V: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """m[b, h, s + 1] = sigma(K_s)^T V_s, z[b, h, s + 1] = sum sigma(k)."""
+    s = (tl.program_id(0) % segments).to(tl.int64)
+    b = (tl.program_id(0) // segments // heads).to(tl.int64)
+    h = (tl.program_id(0) // segments % heads).to(tl.int64)
+    cols_d, cols_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    k_ptr += b * stride_kb + h * stride_kh + s * length * stride_kn
+    v_ptr += b * stride_vb + h * stride_vh + s * length * stride_vn
+    end = n_k
+    if HAS_LENGTHS:
+        end = tl.minimum(end, tl.load(lengths_ptr + b))
+    rows_here = tl.minimum(end - s * length, length).to(tl.int32)
+    acc = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, rows_here, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        inside = rows < rows_here
+        k = load_rows(k_ptr, stride_kn, rows, inside, cols_d, DIM, UPCAST)
+        v = load_rows(v_ptr, stride_vn, rows, inside, cols_v, VALUE_DIM, UPCAST).to(tl.float32)
+        f = phi(k, inside, cols_d, DIM)
+        total += tl.sum(f, 0)
+        acc = split_dot(tl.trans(f), v, acc, HALF, True, LOW_V)
+    slot = (b * heads + h) * (segments + 1) + s + 1
+    inside_d = cols_d < DIM
+    store_rows(m_ptr + slot * DIM * VALUE_DIM, VALUE_DIM, cols_d, inside_d, cols_v, acc, VALUE_DIM)
+    tl.store(z_ptr + slot * DIM + cols_d, total, mask=inside_d)
+
+
+@triton.jit(do_not_specialize=["n_k", "segments"])
+def _infini_sums_bwd_kernel(
+    k_ptr, v_ptr, lengths_ptr, dm_ptr, dz_ptr, dk_ptr, dv_ptr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    heads, n_k, segments, length,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LENGTHS: tl.constexpr, HALF: tl.constexpr, LOW_V: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dsigma(K) = V dB^T + db, dV = sigma(K) dB, with dB the gradient of what the segment adds."""
+    s = (tl.program_id(0) % segments).to(tl.int64)
+    b = (tl.program_id(0) // segments // heads).to(tl.int64)
+    h = (tl.program_id(0) // segments % heads).to(tl.int64)
+    cols_d, cols_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    k_ptr += b * stride_kb + h * stride_kh + s * length * stride_kn
+    v_ptr += b * stride_vb + h * stride_vh + s * length * stride_vn
+    first = (b * heads + h) * n_k + s * length
+    dk_ptr += first * DIM
+    dv_ptr += first * VALUE_DIM
+    end = n_k
+    if HAS_LENGTHS:
+        end = tl.minimum(end, tl.load(lengths_ptr + b))
+    held = tl.minimum(n_k - s * length, length).to(tl.int32)
+    rows_here = tl.minimum(end - s * length, length).to(tl.int32)
+    slot = (b * heads + h) * (segments + 1) + s + 1
+    inside_d = cols_d < DIM
+    dm = load_rows(dm_ptr + slot * DIM * VALUE_DIM, VALUE_DIM, cols_d, inside_d, cols_v, VALUE_DIM,
+                   False)  # fmt: skip
+    dz = tl.load(dz_ptr + slot * DIM + cols_d, mask=inside_d, other=0.0)
+    for start in range(0, held, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        inside = rows < rows_here
+        k = load_rows(k_ptr, stride_kn, rows, inside, cols_d, DIM, UPCAST).to(tl.float32)
+        v = load_rows(v_ptr, stride_vn, rows, inside, cols_v, VALUE_DIM, UPCAST).to(tl.float32)
+        f = phi(k, inside, cols_d, DIM)
+        dv = split_dot(f, dm, tl.zeros([BLOCK_N, BLOCK_DV], tl.float32), HALF, False, False)
+        df = tl.zeros([BLOCK_N, BLOCK_D], tl.float32) + dz[None, :]
+        # V dB^T and db nearly cancel: dB keeps both halves
+        df = split_dot(v, tl.trans(dm), df, HALF, LOW_V, True)
+        dk = tl.where(inside[:, None], df * tl.where(k > 0, 1.0, f), 0.0)
+        store_rows(dk_ptr, DIM, rows, rows < held, cols_d, dk, DIM)
+        store_rows(dv_ptr, VALUE_DIM, rows, rows < held, cols_v, dv, VALUE_DIM)
+
+
+def segment_sums(
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    length: int,
+    segments: int,
+    kernel: KernelConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(B, H_kv, S + 1, D, D_v) and (B, H_kv, S + 1, D), float32; slot s + 1 holds segment s.
+
+    Slot 0 is not written: it is the place of the state before the first segment.
+    """
+    key, value = kernel_input(key), kernel_input(value)
+    batch, heads, n_k, dim = key.shape
+    value_dim = value.shape[-1]
+    memory = key.new_empty((batch, heads, segments + 1, dim, value_dim), dtype=torch.float32)
+    total = key.new_empty((batch, heads, segments + 1, dim), dtype=torch.float32)
+    programs = batch * heads * segments
+    if programs == 0:
+        return memory, total
+    sizes = kernel or pick([sums_config(dim, value_dim, key.dtype, major_of(key.device))])
+    _infini_sums_kernel[full_grid(programs)](
+        key, value, key_lengths, memory, total, *key.stride()[:3], *value.stride()[:3],
+        heads, n_k, segments, length, **_constants(key, value, key_lengths, sizes),
+        **sizes.options(),
+    )  # fmt: skip
+    return memory, total
+
+
+def segment_sums_backward(
+    grad_memory: Tensor,
+    grad_total: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    length: int,
+    segments: int,
+    kernel: KernelConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of key and value, contiguous; zero past the last segment."""
+    key, value = kernel_input(key), kernel_input(value)
+    batch, heads, n_k, dim = key.shape
+    value_dim = value.shape[-1]
+    dk, dv = key.new_empty(key.shape), value.new_empty(value.shape)
+    reached = min(segments * length, n_k)
+    dk[:, :, reached:], dv[:, :, reached:] = 0, 0
+    programs = batch * heads * segments
+    if programs == 0:
+        return dk, dv
+    sizes = kernel or pick([sums_bwd_config(dim, value_dim, key.dtype)])
+    _infini_sums_bwd_kernel[full_grid(programs)](
+        key, value, key_lengths, grad_memory.contiguous(), grad_total.contiguous(), dk, dv,
+        *key.stride()[:3], *value.stride()[:3], heads, n_k, segments, length,
+        **_constants(key, value, key_lengths, sizes),
+        **sizes.options(),
+    )  # fmt: skip
+    return dk, dv
+
+
+def _constants(
+    key: Tensor, value: Tensor, key_lengths: Tensor | None, sizes: KernelConfig
+) -> dict[str, int | bool]:
+    dim, value_dim = key.shape[-1], value.shape[-1]
+    upcast = upcasts(key.dtype, interpreting())
+    return {
+        "DIM": dim, "VALUE_DIM": value_dim, "BLOCK_D": block_dim(dim),
+        "BLOCK_DV": block_dim(value_dim), "BLOCK_N": sizes.block_n,
+        "HAS_LENGTHS": key_lengths is not None,
+        "HALF": key.dtype is not torch.float32 and not upcast,
+        "LOW_V": key.dtype is torch.float16, "UPCAST": upcast,
+    }  # fmt: skip
