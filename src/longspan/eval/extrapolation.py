@@ -6,6 +6,7 @@ and each part is read by itself. What changes between lengths is how much contex
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -138,10 +139,8 @@ def position_losses(losses: Tensor, edges: Sequence[int]) -> list[dict[str, Any]
         One {"from", "to", "loss", "error"} per bucket; `error` is None for a single window.
     """
     buckets = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         means = losses[:, low:high].double().mean(1)
         error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
-        buckets.append(
-            {"from": low, "to": high, "loss": means.mean().item(), "error": error}
-        )
+        buckets.append({"from": low, "to": high, "loss": means.mean().item(), "error": error})
     return buckets

@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     except LongspanError as error:
         print(f"longspan: {error}", file=sys.stderr)
         return 2
+    for failure in outcome.failures:
+        print(f"longspan: {failure}", file=sys.stderr)
     say("finished" if outcome.is_finished else "not finished: run the same command again")
     return 0 if outcome.is_finished else NOT_FINISHED
 

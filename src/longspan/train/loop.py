@@ -231,6 +231,8 @@ def _adamw(model: nn.Module, config: TrainConfig, device: torch.device) -> torch
 
 def _try_compile(run: _Run) -> str:
     """Compile, and see one batch through forward and backward; plain torch if that fails."""
+    limits = torch._dynamo.config  # one process may train many models of many shapes
+    limits.recompile_limit = max(limits.recompile_limit, 64)
     run.loss_model.compile_parts()
     try:
         part = _split(_share(run.source.batch(0), run.accelerator), run.config.micro_batch)[0]

@@ -57,9 +57,7 @@ class RecallBatches:
     Over the first third of `steps` the largest allowed size grows to the last of `sizes`.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], *, batch_size: int, steps: int, seed: int = 0
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], *, batch_size: int, steps: int, seed: int = 0) -> None:
         self.sizes, self.batch_size, self.steps, self.seed = sizes, batch_size, steps, seed
 
     def batch(self, step: int) -> Batch:

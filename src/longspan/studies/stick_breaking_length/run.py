@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import statistics
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import LongspanError
 from ...eval.extrapolation import book_windows, position_edges, position_losses, window_losses
 from ...eval.rows import RowFile, provenance, settings_key
 from ...eval.spans import span_profile
@@ -42,10 +44,13 @@ _SPAN_THRESHOLDS = (0.5, 1e-2, 2.0**-14)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """rows: all rows. is_finished: False if the time of this call was up."""
+    """rows: all rows. is_finished: False if the time of this call was up or a phase failed.
+    failures: what failed, one line each; the other phases ran.
+    """
 
     rows: list[Row]
     is_finished: bool
+    failures: list[str]
 
 
 def run_study(
@@ -91,7 +96,11 @@ def run_study(
             finished = True
         except OutOfTime:
             finished = False
-        return Outcome(rows=list(rows.rows), is_finished=finished)
+        return Outcome(
+            rows=list(rows.rows),
+            is_finished=finished and not study.failures,
+            failures=study.failures,
+        )
 
 
 class _Study:
@@ -115,17 +124,32 @@ class _Study:
         self.device, self.clock, self.compile, self.say = device, clock, compile, say
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.notes = provenance(device)
+        self.failures: list[str] = []
 
     def run(self) -> None:
-        """All phases."""
+        """All phases. One that fails is reported, and those after it run."""
         plan = self._plan()
         for variant in VARIANTS:
-            self._variant(variant, plan["steps"])
-        self._early_stop()
+            self._attempt(f"length, {variant}", lambda v=variant: self._variant(v, plan["steps"]))
+        self._attempt("early stop", self._early_stop)
         for variant in RECALL_VARIANTS:
-            self._recall(variant, plan["recall_steps"])
+            self._attempt(
+                f"recall, {variant}", lambda v=variant: self._recall(v, plan["recall_steps"])
+            )
         for variant in SIBLINGS:
-            self._sibling(variant, plan["steps"])
+            self._attempt(
+                f"small model, {variant}", lambda v=variant: self._sibling(v, plan["steps"])
+            )
+
+    def _attempt(self, name: str, phase: Callable[[], None]) -> None:
+        try:
+            phase()
+        except (OutOfTime, LongspanError):
+            raise
+        except Exception as error:  # a kernel or the memory of one phase
+            traceback.print_exc()
+            self.failures.append(f"{name}: {type(error).__name__}: {error}")
+            self.say(f"FAILED: {self.failures[-1]}")
 
     # Planning
 
@@ -179,9 +203,7 @@ class _Study:
         shutil.rmtree(folder, ignore_errors=True)
         speeds = [row["tokens_per_second"] for row in rows[1:]] or [rows[0]["tokens_per_second"]]
         seconds = float(config.tokens_per_step / statistics.median(speeds))
-        self.say(
-            f"{variant}: {1e3 * seconds:.1f} ms per step, compiled: {rows[-1]['compiled']}"
-        )
+        self.say(f"{variant}: {1e3 * seconds:.1f} ms per step, compiled: {rows[-1]['compiled']}")
         return seconds
 
     # The compared models
@@ -259,7 +281,9 @@ class _Study:
         self.say(f"{variant}: spans of {len(heads) // len(_SPAN_THRESHOLDS)} heads")
 
     def _early_stop(self) -> None:
-        missing = [n for n in self.sizes.speed_lengths if not self._find("early_stop", {"length": n})]
+        missing = [
+            n for n in self.sizes.speed_lengths if not self._find("early_stop", {"length": n})
+        ]
         if not missing:
             return
         model = self._load("length-stick-breaking")

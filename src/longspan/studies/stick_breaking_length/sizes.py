@@ -117,7 +117,7 @@ FULL = Sizes(
     recall_sequences=64,
     recall_rate=1e-3,
     speed_lengths=(2048, 8192, 32768, 131072),
-    span_length=16384,
+    span_length=8192,
 )
 
 SMALL = Sizes(
