@@ -131,7 +131,7 @@ class _Study:
         plan = self._plan()
         for variant in VARIANTS:
             self._attempt(f"length, {variant}", lambda v=variant: self._variant(v, plan["steps"]))
-        self._attempt("early stop", self._early_stop)
+        self._attempt("early stop", lambda: self._early_stop(plan["steps"]))
         for variant in RECALL_VARIANTS:
             self._attempt(
                 f"recall, {variant}", lambda v=variant: self._recall(v, plan["recall_steps"])
@@ -280,13 +280,14 @@ class _Study:
         )
         self.say(f"{variant}: spans of {len(heads) // len(_SPAN_THRESHOLDS)} heads")
 
-    def _early_stop(self) -> None:
+    def _early_stop(self, steps: int) -> None:
         missing = [
             n for n in self.sizes.speed_lengths if not self._find("early_stop", {"length": n})
         ]
         if not missing:
             return
-        model = self._load("length-stick-breaking")
+        config = self._config("stick-breaking", steps=steps)
+        model, _ = self._train(config, self._batches(config), "length-stick-breaking")
         longest = self.sizes.lengths[-1]
         windows, _ = book_windows(self.data.heldout, length=longest, per_book=1)
         backends = ("flash", "cudnn") if self.device.type == "cuda" else ("cpu",)
