@@ -230,7 +230,7 @@ class _Study:
 
     def _evaluate(self, reading: Reading, model: Transformer) -> None:
         longest = self.sizes.lengths[-1]
-        windows, _ = book_windows(
+        windows, books = book_windows(
             self.data.heldout, length=longest, per_book=self.sizes.windows_per_book
         )
         for length in self.sizes.lengths:
@@ -253,6 +253,7 @@ class _Study:
                     {
                         "loss": loss,
                         "window_losses": [round(mean, 6) for mean in means],
+                        "books": books,
                         "num_tokens": losses.numel(),
                         "scaling": dataclasses.asdict(scaling) if scaling else None,
                     },
