@@ -110,7 +110,7 @@ def _losses(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     losses = [
         F.cross_entropy(rows.float() @ weight.mT, goal, reduction="none")
         for rows, goal in zip(
-            flat.split(_LOGITS_AT_ONCE), wanted.split(_LOGITS_AT_ONCE), strict=True
+            torch.split(flat, _LOGITS_AT_ONCE), torch.split(wanted, _LOGITS_AT_ONCE), strict=True
         )
     ]
     return torch.cat(losses).view_as(targets)

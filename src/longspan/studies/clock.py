@@ -33,6 +33,10 @@ class Clock:
         return None if self.stop_after is None else max(0.0, self.stop_after - self.seconds)
 
     def check(self, needed: float = 0.0) -> None:
-        """Raise OutOfTime if fewer than `needed` seconds are left."""
-        if self.left is not None and self.left <= needed:
+        """Raise OutOfTime if fewer than `needed` seconds are left.
+
+        At most a quarter of the call is kept free, so that short calls get somewhere too.
+        """
+        left = self.left
+        if left is not None and left <= min(needed, (self.stop_after or 0.0) / 4):
             raise OutOfTime

@@ -273,10 +273,8 @@ def _share(batch: Batch, accelerator: Any) -> Batch:
 
 def _split(batch: Batch, size: int | None) -> list[Batch]:
     size = size or len(batch.inputs)
-    return [
-        Batch(i, t)
-        for i, t in zip(batch.inputs.split(size), batch.targets.split(size), strict=True)
-    ]
+    parts = zip(torch.split(batch.inputs, size), torch.split(batch.targets, size), strict=True)
+    return [Batch(inputs, targets) for inputs, targets in parts]
 
 
 def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

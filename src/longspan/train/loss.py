@@ -39,7 +39,7 @@ class LossModel(nn.Module):
     def uncompile(self) -> None:
         """Back to plain torch."""
         for block in self.model.blocks:
-            block._compiled_call_impl = None  # type: ignore[assignment]
+            block._compiled_call_impl = None
         self.head_loss = head_loss
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:

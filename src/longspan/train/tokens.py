@@ -78,7 +78,9 @@ class TokenFile:
             ids = np.load(target, mmap_mode="r", allow_pickle=False)
             if len(ids) != head.pop("total"):
                 raise ValueError("another number of tokens than its JSON says")
-            lists = {name: tuple(head.pop(name)) for name in ("starts", "names", "num_bytes")}
+            lists: dict[str, Any] = {
+                name: tuple(head.pop(name)) for name in ("starts", "names", "num_bytes")
+            }
             return cls(ids=ids, **lists, **head)
         except (OSError, ValueError, KeyError, TypeError, lzma.LZMAError, EOFError) as error:
             raise ConfigError(

@@ -521,8 +521,10 @@ def _plot(
     ticks: Sequence[int],
     *,
     percent: bool = False,
-) -> str:
+) -> str | None:
     shown = [n for n in ticks if n > 0]
+    if len(shown) < 2:  # a study that has just begun: the table says it
+        return None
     return line_plot(
         series,
         x_title=x_title,

@@ -10,6 +10,7 @@ import statistics
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from ...train.batches import Batches, BatchSource
 from ...train.config import TrainConfig
 from ...train.loop import train
 from ...train.tokens import TokenFile
+from ...train.trained import with_settings
 from ..clock import Clock, OutOfTime
 from .data import StudyData
 from .recall import RecallBatches, recall_accuracy
 from .sizes import Sizes
-from .speed import early_stop_rows, with_early_stop
+from .speed import early_stop_rows, stopped
 from .variants import READINGS, VARIANTS, Reading
 
 __all__ = ["SIBLINGS", "Outcome", "run_study"]
@@ -130,16 +132,14 @@ class _Study:
         """All phases. One that fails is reported, and those after it run."""
         plan = self._plan()
         for variant in VARIANTS:
-            self._attempt(f"length, {variant}", lambda v=variant: self._variant(v, plan["steps"]))
-        self._attempt("early stop", lambda: self._early_stop(plan["steps"]))
+            self._attempt(f"length, {variant}", partial(self._variant, variant, plan["steps"]))
+        self._attempt("early stop", partial(self._early_stop, plan["steps"]))
         for variant in RECALL_VARIANTS:
             self._attempt(
-                f"recall, {variant}", lambda v=variant: self._recall(v, plan["recall_steps"])
+                f"recall, {variant}", partial(self._recall, variant, plan["recall_steps"])
             )
         for variant in SIBLINGS:
-            self._attempt(
-                f"small model, {variant}", lambda v=variant: self._sibling(v, plan["steps"])
-            )
+            self._attempt(f"small model, {variant}", partial(self._sibling, variant, plan["steps"]))
 
     def _attempt(self, name: str, phase: Callable[[], None]) -> None:
         try:
@@ -242,7 +242,7 @@ class _Study:
                 continue
             self.clock.check(needed=5.0)
             scaling = reading.scaling(length, self.sizes.length)
-            read = _rescaled(model, scaling)
+            read = with_settings(model, rope_scaling=scaling) if scaling else model
             losses = window_losses(read, windows, length=length, dtype=self.dtype)
             means = losses.double().mean(1).tolist()
             loss = statistics.fmean(means)
@@ -298,7 +298,7 @@ class _Study:
             measured = early_stop_rows(model, ids, dtype=self.dtype, backends=backends)
             for row in measured:
                 if row["mechanism"] == "stick_breaking" and length in self.sizes.lengths:
-                    other = with_early_stop(model, row["early_stop"])
+                    other = stopped(model, row["early_stop"])
                     losses = window_losses(other, windows, length=length, dtype=self.dtype)
                     row["loss"] = losses.double().mean().item()
             self._add("early_stop", {"length": length}, {"lines": measured})
@@ -458,17 +458,6 @@ class _Study:
                 **self.notes,
             }
         )
-
-
-def _rescaled(model: Transformer, scaling: Any) -> Transformer:
-    """The same weights with scaled rotary frequencies."""
-    if scaling is None:
-        return model
-    other = Transformer(dataclasses.replace(model.config, rope_scaling=scaling))
-    other.load_state_dict(model.state_dict(), assign=True)
-    if model.config.tie_embeddings:
-        other.head.weight = other.embedding.weight
-    return other.eval()
 
 
 def _longest_document(tokens: TokenFile) -> Any:

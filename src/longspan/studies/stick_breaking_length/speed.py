@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +18,18 @@ from ...exact.config import ExactConfig
 from ...models.transformer import Transformer
 from ...stick_breaking.api import stick_breaking_attention
 from ...stick_breaking.config import StickBreakingConfig
+from ...train.trained import with_settings
 
-__all__ = ["STOPS", "early_stop_rows", "with_early_stop"]
+__all__ = ["STOPS", "early_stop_rows", "stopped"]
 
 #: None: the full walk. 2**-14: below the rounding of a bfloat16 output. 2**-7: visible in it.
 STOPS: tuple[float | None, ...] = (None, 2.0**-14, 2.0**-7)
 
 
-def with_early_stop(model: Transformer, early_stop: float | None) -> Transformer:
-    """The same weights (shared, not copied) with another setting of early stop."""
+def stopped(model: Transformer, early_stop: float | None) -> Transformer:
+    """The same weights with another setting of early stop."""
     attention = dataclasses.replace(model.config.attention, early_stop=early_stop)
-    other = Transformer(dataclasses.replace(model.config, attention=attention))
-    other.load_state_dict(model.state_dict(), assign=True)
-    if model.config.tie_embeddings:
-        other.head.weight = other.embedding.weight
-    return other.eval()
+    return with_settings(model, attention=attention)
 
 
 @torch.no_grad()
@@ -56,7 +54,7 @@ def early_stop_rows(
     calls = _record(model, ids, dtype)
     full = sum(int(visited.sum()) for _, visited in calls)
     for stop in STOPS:
-        other = with_early_stop(model, stop)
+        other = stopped(model, stop)
         visited = sum(int(v.sum()) for _, v in _record(other, ids, dtype))
         config = StickBreakingConfig(early_stop=stop)
 
@@ -70,7 +68,7 @@ def early_stop_rows(
                 "early_stop": stop,
                 "visited_fraction": visited / full,
                 "attention_ms": _time(attend, device),
-                "prefill_ms": _time(lambda other=other: _read(other, ids, dtype), device),
+                "prefill_ms": _time(partial(_read, other, ids, dtype), device),
             }
         )
     for backend in backends:
