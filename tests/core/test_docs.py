@@ -73,6 +73,14 @@ def test_readme_tables_come_from_the_rows():
     )
 
 
+def test_study_pages_come_from_the_rows():
+    subprocess.run(
+        [sys.executable, ROOT / "tools" / "studies.py", "--check"],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )
+
+
 def test_no_machine_paths_in_tracked_text():
     shown = subprocess.run(
         ["git", "grep", "-nIE", r"(^|[^A-Za-z.])/(root|home|Users)/", "--", ".", ":!*.jsonl"],

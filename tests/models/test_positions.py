@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from longspan.models.key_bias import _BLOCK
 from longspan.models.positions import (
-    _BLOCK,
     alibi_attention,
     alibi_slopes,
     make_rotation,

@@ -21,6 +21,8 @@ VARIANTS = {
     "rope": {},
     "none": {"positions": "none"},
     "alibi": {"positions": "alibi"},
+    "forget": {"positions": "forget"},
+    "forget-gqa": {"positions": "forget", "kv_heads": 2},
     "gqa": {"kv_heads": 2, "qk_norm": True},
     "window": {"attention": WINDOW},
     "mixed": {"attention": (WINDOW, ExactConfig(), WINDOW), "layers": 3, "kv_heads": 1},

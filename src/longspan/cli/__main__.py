@@ -9,7 +9,10 @@ from ..errors import LongspanError, MissingExtraError
 
 __all__ = ["main"]
 
-_COMMANDS = ("compare", "ppl", "passkey", "profile", "plan", "bench", "info", "selfcheck", "models")
+_COMMANDS = (
+    *("compare", "ppl", "passkey", "profile", "plan", "train", "study", "generate"),
+    *("bench", "info", "selfcheck", "models"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

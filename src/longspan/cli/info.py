@@ -14,7 +14,7 @@ _EXTRAS = {
     "cli": ("cyclopts", "rich", "pydantic"),
     "report": ("matplotlib", "jinja2"),
     "eval": ("lm_eval", "datasets"),
-    "train": ("accelerate", "peft", "datasets"),
+    "train": ("accelerate", "tokenizers", "numpy", "peft", "datasets"),
 }
 
 

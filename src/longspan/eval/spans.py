@@ -116,10 +116,12 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            self.calls.append(self._softmax(*args, **kwargs))
+            with torch.autocast(args[0].device.type, enabled=False):
+                self.calls.append(self._softmax(*args, **kwargs))
         elif func is torch.ops.longspan.stick_breaking_fwd.default:
             query, key, value, *fields = args
-            self.calls.append(self._stick(query, key, value, Settings(*fields[:-2])))
+            with torch.autocast(query.device.type, enabled=False):  # spans in float32
+                self.calls.append(self._stick(query, key, value, Settings(*fields[:-2])))
         return func(*args, **kwargs)
 
     def _first(self, n_q: int) -> int:

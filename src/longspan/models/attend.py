@@ -15,6 +15,7 @@ from .._state import load_state, save_state
 from ..errors import UnsupportedError
 from ..mechanisms import mechanism_of_config
 from ..types import Impl
+from .forget import decay_totals, forget_attention, forget_attention_packed
 from .positions import alibi_attention
 
 __all__ = ["CausalAttention", "KeyValueCache"]
@@ -29,16 +30,20 @@ _KNOWN = {
 class KeyValueCache:
     """All keys and values seen, for mechanisms that have no smaller state.
 
-    key: (B, H_kv, seen, D). value: (B, H_kv, seen, D_v). config: of the mechanism.
+    key: (B, H_kv, seen, D). value: (B, H_kv, seen, D_v). config: of the mechanism. totals:
+    (B, H_kv, seen), float64, sums of log forget gates; None without them.
     """
 
     key: Tensor
     value: Tensor
     config: Any
+    totals: Tensor | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, which appears whole or not at all."""
         tensors = {"key": self.key, "value": self.value}
+        if self.totals is not None:
+            tensors["totals"] = self.totals
         save_state(path, "KeyValueCache", self.config, tensors, {})
 
     @classmethod
@@ -47,7 +52,12 @@ class KeyValueCache:
     ) -> KeyValueCache:
         """Read what `save` wrote; ConfigError if it was made with another `config`."""
         tensors, _ = load_state(path, "KeyValueCache", config, device=device)
-        return cls(key=tensors["key"], value=tensors["value"], config=config)
+        return cls(
+            key=tensors["key"],
+            value=tensors["value"],
+            config=config,
+            totals=tensors.get("totals"),
+        )
 
 
 class CausalAttention:
@@ -55,7 +65,7 @@ class CausalAttention:
 
     Args:
         config: of a mechanism; its type picks which.
-        positions: of the model; "alibi" puts its bias on the scores here.
+        positions: of the model; "alibi" and "forget" put their bias on the scores here.
         seed: for mechanisms with random inputs.
         impl: as in the mechanism's function; a named one runs or raises.
 
@@ -84,14 +94,28 @@ class CausalAttention:
         self.chunk = getattr(package, f"{mechanism.name}_attention_chunk", None)
         self.state_class: Any = mechanism.state_class if self.chunk else KeyValueCache
 
-    def whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(B, H, N, D), all tokens of a sequence."""
-        return self._dense(query, key, value, 0)
+    def whole(
+        self, query: Tensor, key: Tensor, value: Tensor, log_forget: Tensor | None = None
+    ) -> Tensor:
+        """(B, H, N, D), all tokens of a sequence; log_forget (B, H_kv, N) with "forget"."""
+        totals = None if log_forget is None else decay_totals(log_forget)
+        return self._dense(query, key, value, 0, totals)
 
     def packed(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        log_forget: Tensor | None = None,
     ) -> Tensor:
-        """(total, H, D), several sequences one after the other."""
+        """(total, H, D), several sequences one after the other; log_forget (total, H_kv)."""
+        if log_forget is not None:
+            return forget_attention_packed(
+                query, key, value, log_forget, cu_seqlens, max_seqlen,
+                config=self.config, impl=self.settings["impl"],
+            )  # fmt: skip
         if self.alibi:
             return alibi_attention(
                 query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
@@ -109,19 +133,38 @@ class CausalAttention:
             )
         )
 
-    def stream(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def stream(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Any,
+        log_forget: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
         """The next tokens (B, H, n, D) after `state` (None at the start); the state after them."""
         if self.chunk is not None:
             random = self.random if "seed" in inspect.signature(self.chunk).parameters else {}
             output, state = self.chunk(query, key, value, state, **self.settings, **random)
             return output, state
+        totals = None
+        if log_forget is not None:
+            before = None if state is None else state.totals[..., -1]
+            totals = decay_totals(log_forget, before)
+            totals = totals if state is None else torch.cat((state.totals, totals), dim=-1)
         if state is not None:
             key = torch.cat((state.key, key), dim=2)
             value = torch.cat((state.value, value), dim=2)
-        output = self._dense(query, key, value, key.shape[2] - query.shape[2])
-        return output, KeyValueCache(key=key, value=value, config=self.config)
+        output = self._dense(query, key, value, key.shape[2] - query.shape[2], totals)
+        return output, KeyValueCache(key=key, value=value, config=self.config, totals=totals)
 
-    def _dense(self, query: Tensor, key: Tensor, value: Tensor, offset: int) -> Tensor:
+    def _dense(
+        self, query: Tensor, key: Tensor, value: Tensor, offset: int, totals: Tensor | None
+    ) -> Tensor:
+        if totals is not None:
+            return forget_attention(
+                query, key, value, totals, query_offset=offset,
+                config=self.config, impl=self.settings["impl"],
+            )  # fmt: skip
         if self.alibi:
             return alibi_attention(
                 query, key, value, query_offset=offset,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..types import Impl
 from .attend import CausalAttention
+from .forget import log_gates
 from .positions import Rotation, at_least_float32, rotate
 from .transformer_config import TransformerConfig
 
@@ -66,6 +67,10 @@ class Attention(nn.Module):
         norms = config.qk_norm
         self.query_norm = RMSNorm(config.head_size, config.norm_eps) if norms else nn.Identity()
         self.key_norm = RMSNorm(config.head_size, config.norm_eps) if norms else nn.Identity()
+        self.forget: nn.Linear | None = None
+        if config.positions == "forget":
+            self.forget = nn.Linear(config.width, config.num_kv_heads)
+            nn.init.zeros_(self.forget.bias)
         self.mechanism = CausalAttention(
             config.attention_of(layer),
             positions=config.positions,
@@ -75,16 +80,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, documents: Documents | None) -> Tensor:
         """(B, N, width), or (total, width) with `documents`."""
+        log_forget = None if self.forget is None else log_gates(self.forget(x))
         if documents is None:
-            attended = self.mechanism.whole(*self._heads(x, rotation))
+            attended = self.mechanism.whole(*self._heads(x, rotation), log_forget)
         else:
             q, k, v = (t.transpose(0, 1) for t in self._heads(x, rotation))  # (total, H, D)
-            attended = self.mechanism.packed(q, k, v, *documents).transpose(0, 1)
+            log_forget = None if log_forget is None else log_forget.mT
+            attended = self.mechanism.packed(q, k, v, *documents, log_forget).transpose(0, 1)
         return self._join(attended)
 
     def stream(self, x: Tensor, rotation: Rotation | None, state: Any) -> tuple[Tensor, Any]:
         """The next n tokens, (B, n, width), after `state`."""
-        attended, state = self.mechanism.stream(*self._heads(x, rotation), state)
+        log_forget = None if self.forget is None else log_gates(self.forget(x))
+        attended, state = self.mechanism.stream(*self._heads(x, rotation), state, log_forget)
         return self._join(attended), state
 
     def _heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,12 +6,12 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..exact.api import exact_attention, exact_attention_varlen
 from ..exact.config import ExactConfig
 from ..types import Impl
+from .key_bias import PackedBounds, key_bias_attention, key_bias_attention_packed
+from .rope_scaling import RopeScaling, rope_frequencies
 
 __all__ = [
     "Rotation",
@@ -22,9 +22,6 @@ __all__ = [
     "rotate",
 ]
 
-_BLOCK = 1024  # queries that share an origin of positions
-_EXTRA = 8  # columns added to a head: one for the bias, the rest keeps rows aligned
-
 
 class Rotation(NamedTuple):
     """cos and sin of the angles, (..., N, D / 2), float32."""
@@ -33,14 +30,17 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def make_rotation(positions: Tensor, head_dim: int, base: float) -> Rotation:
+def make_rotation(
+    positions: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None
+) -> Rotation:
     """Angles position * base ** (-2 i / D) of RoPE (arXiv:2104.09864), in float64, then rounded.
 
-    In float32 the angle at position 1,000,000 would be off by 0.03.
+    In float32 the angle at position 1,000,000 would be off by 0.03. `scaling` changes the
+    frequencies, and for YaRN the length of the turned vectors.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-    angles = positions.double().unsqueeze(-1) * base ** (-exponents / head_dim)
-    return Rotation(angles.cos().float(), angles.sin().float())
+    frequencies, length = rope_frequencies(head_dim, base, scaling)
+    angles = positions.double().unsqueeze(-1) * frequencies.to(positions.device)
+    return Rotation((length * angles.cos()).float(), (length * angles.sin()).float())
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -80,8 +80,8 @@ def alibi_attention(
 ) -> Tensor:
     """Causal exact attention with scores scale * q_i . k_j - slope_h * (i - j).
 
-    -slope * i is the same for all keys of a row, so softmax drops it, and slope * j is one more
-    product: q gets the column slope / scale, k the column j. No N x N bias exists.
+    -slope * i is the same for all keys of a row, so softmax drops it, and slope * j is a bias of
+    the key: `key_bias_attention` computes it on fused kernels, without an N x N bias.
 
     Args:
         query: (B, H, N_q, D), or packed (total, H, D) with `cu_seqlens`.
@@ -92,46 +92,18 @@ def alibi_attention(
 
     Returns:
         Like `query`, in its dtype.
-
-    Semantics:
-        Computed in float32 whatever the dtype, also under autocast: j = 4097 does not exist in
-        bfloat16. Positions count from the last key that a block of 1,024 queries sees, so near
-        keys keep small numbers (in packed sequences: from the last key of the sequence).
     """
-    dim = query.shape[-1]
-    scale = dim**-0.5
-    slopes = alibi_slopes(query.shape[-3 if cu_seqlens is None else -2], query.device)
-    with torch.autocast(query.device.type, enabled=False):
-        # value gets columns, too: torch's kernels want one head dim.
-        q, k, v = (F.pad(at_least_float32(t), (0, _EXTRA)) for t in (query, key, value))
-        steep = slopes / scale
-        settings: dict[str, Any] = {
-            "scale": scale,
-            "enable_gqa": True,
-            "config": config,
-            "impl": impl,
-        }
-        if cu_seqlens is not None:
-            q[..., dim] = steep
-            ends = torch.repeat_interleave(
-                cu_seqlens[1:], cu_seqlens.diff(), output_size=key.shape[0]
-            )
-            k[..., dim] = (torch.arange(key.shape[0], device=key.device) - ends + 1)[:, None]
-            bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-            out = exact_attention_varlen(q, k, v, *bounds, is_causal=True, **settings)
-        else:
-            q[..., dim] = steep[:, None]
-            blocks = []
-            for start in range(0, q.shape[2], _BLOCK):
-                rows = q[:, :, start : start + _BLOCK]
-                seen = query_offset + start + rows.shape[2]
-                near = k[:, :, :seen].clone()
-                near[..., dim] = torch.arange(1 - seen, 1, device=key.device)
-                offset = query_offset + start
-                blocks.append(
-                    exact_attention(
-                        rows, near, v[:, :, :seen], is_causal=True, query_offset=offset, **settings
-                    )
-                )
-            out = torch.cat(blocks, dim=2)
-    return out[..., :dim].to(query.dtype)
+    head_axis, length_axis = (-3, -2) if cu_seqlens is None else (-2, 0)
+    heads, kv_heads = query.shape[head_axis], key.shape[head_axis]
+    slopes = alibi_slopes(heads, query.device).to(torch.float64)
+    bias = torch.arange(key.shape[length_axis], device=key.device, dtype=torch.float64)
+    settings: dict[str, Any] = {"config": config, "impl": impl}
+    if kv_heads == heads:
+        bias = slopes[:, None] * bias
+    else:  # heads that share a key have slopes of their own
+        settings["row_factor"] = slopes
+        bias = bias.expand(kv_heads, -1)
+    if cu_seqlens is not None:
+        bounds = PackedBounds(cu_seqlens, max_seqlen)
+        return key_bias_attention_packed(query, key, value, bias.mT, bounds, **settings)
+    return key_bias_attention(query, key, value, bias, query_offset=query_offset, **settings)

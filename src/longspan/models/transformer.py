@@ -111,6 +111,13 @@ class Transformer(nn.Module):
             ShapeError: token_ids has the wrong number of axes.
             UnsupportedError: documents, and a mechanism without a packed form.
         """
+        hidden = self.hidden(token_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+    def hidden(
+        self, token_ids: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        """What `forward` gives to the output projection: (..., width), after the last norm."""
         _check_axes(token_ids, 2 if cu_seqlens is None else 1)
         num_tokens = token_ids.shape[-1]
         positions = torch.arange(num_tokens, device=token_ids.device)
@@ -128,7 +135,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, rotation, documents, use_reentrant=False)
             else:
                 x = block(x, rotation, documents)
-        return self.head(self.norm(x))  # type: ignore[no-any-return]
+        return self.norm(x)  # type: ignore[no-any-return]
 
     def forward_chunk(
         self,
@@ -239,7 +246,8 @@ class Transformer(nn.Module):
     def _rotation(self, positions: Tensor) -> Rotation | None:
         if self.config.positions != "rope":
             return None
-        return make_rotation(positions, self.config.head_size, self.config.rope_base)
+        config = self.config
+        return make_rotation(positions, config.head_size, config.rope_base, config.rope_scaling)
 
     @torch.no_grad()
     def _draw_weights(self, seed: int) -> None:

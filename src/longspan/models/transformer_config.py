@@ -10,10 +10,12 @@ from typing import Any
 from ..errors import ConfigError, nearest_name
 from ..exact.config import ExactConfig
 from ..mechanisms import get_mechanism, mechanism_of_config
+from .rope_scaling import RopeScaling
 
 __all__ = ["POSITIONS", "TransformerConfig"]
 
-POSITIONS = ("rope", "none", "alibi")
+POSITIONS = ("rope", "none", "alibi", "forget")
+_BIASED = ("alibi", "forget")
 _FORMAT = "longspan-transformer-1"
 
 
@@ -29,7 +31,9 @@ class TransformerConfig:
     mlp_width: inner width of SwiGLU; default 8/3 width, rounded up to a multiple of 64.
     positions: "rope" turns queries and keys (base `rope_base`), "none" leaves order to causality
         and to the mechanism (stick-breaking needs no more), "alibi" adds -slope * distance to the
-        scores (exact attention only, computed in float32).
+        scores, "forget" the logs of learned forget gates between key and query (FoX); both go
+        with exact attention only.
+    rope_scaling: for texts longer than those of training, or None.
     attention: config of a mechanism for all layers, or a tuple with one for each.
     attention_seed: for mechanisms with random inputs; layer l uses attention_seed + l.
     qk_norm: RMSNorm of queries and keys, per head, before positions.
@@ -49,6 +53,7 @@ class TransformerConfig:
     mlp_width: int | None = None
     positions: str = "rope"
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     attention: Any = field(default_factory=ExactConfig)
     attention_seed: int = 0
     qk_norm: bool = False
@@ -84,6 +89,11 @@ class TransformerConfig:
                 f"TransformerConfig: head_dim is {self.head_size}; RoPE turns pairs, so it must be "
                 f"even. Nearest valid: {self.head_size + 1}."
             )
+        if self.rope_scaling is not None and self.positions != "rope":
+            raise ConfigError(
+                f"TransformerConfig: rope_scaling is {self.rope_scaling!r} but positions is "
+                f"{self.positions!r}; only 'rope' has frequencies to scale. Leave it at None."
+            )
         if isinstance(self.attention, tuple) and len(self.attention) != self.layers:
             raise ConfigError(
                 f"TransformerConfig: attention has {len(self.attention)} configs for {self.layers} "
@@ -91,9 +101,9 @@ class TransformerConfig:
             )
         for layer in range(self.layers):
             mechanism = mechanism_of_config(self.attention_of(layer))
-            if self.positions == "alibi" and not mechanism.name == "exact":
+            if self.positions in _BIASED and not mechanism.name == "exact":
                 raise ConfigError(
-                    f"TransformerConfig: positions is 'alibi' but layer {layer} has "
+                    f"TransformerConfig: positions is {self.positions!r} but layer {layer} has "
                     f"{mechanism.name} attention, which takes no bias on scores. Only exact "
                     "attention does; use positions='rope' or 'none'."
                 )
@@ -126,6 +136,10 @@ class TransformerConfig:
             if isinstance(attention, tuple)
             else _spell(attention)
         )
+        if self.rope_scaling is None:
+            del settings["rope_scaling"]  # as models saved before it existed
+        else:
+            settings["rope_scaling"] = dataclasses.asdict(self.rope_scaling)
         return json.dumps({"format": _FORMAT, **settings}, indent=2)
 
     @classmethod
@@ -147,6 +161,8 @@ class TransformerConfig:
             settings["attention"] = (
                 tuple(map(_read, attention)) if isinstance(attention, list) else _read(attention)
             )
+            if settings.get("rope_scaling") is not None:
+                settings["rope_scaling"] = RopeScaling(**settings["rope_scaling"])
             return cls(**settings)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, ConfigError):

@@ -190,7 +190,8 @@ def stick_breaking_attention_with_remainder(
     if chosen is Impl.REFERENCE:
         from .impl.reference import stick_breaking_reference
 
-        output, log_rest = stick_breaking_reference(call, config, bias)
+        with torch.autocast(call.query.device.type, enabled=False):
+            output, log_rest = stick_breaking_reference(call, config, bias)
     else:
         output, log_rest, _ = run_call(call, config, bias, chosen)
     if config.remainder == "value":

@@ -48,7 +48,9 @@ def stick_breaking_fwd(
         from .impl.packed import packed_forward as forward
     else:
         from .impl.eager import eager_forward as forward
-    part = forward(query, key, value, settings)
+    # the inputs are cast already; autocast must not round the float32 sums of the walk
+    with torch.autocast(query.device.type, enabled=False):
+        part = forward(query, key, value, settings)
     residual = part.total if need_grad else part.total.new_empty(0)
     return part.output, part.log_rest, residual, part.visited
 
@@ -116,7 +118,8 @@ def stick_breaking_bwd(
         from .impl.packed import packed_backward as backward
     else:
         from .impl.eager import eager_backward as backward
-    part = backward(grad_output, grad_log_rest, query, key, value, residual, visited, settings)
+    with torch.autocast(query.device.type, enabled=False):
+        part = backward(grad_output, grad_log_rest, query, key, value, residual, visited, settings)
     bias = settings.logit_bias
     dbias = query.new_empty(0) if bias is None else part.logit_bias.to(bias.dtype)
     return part.query, part.key, part.value, dbias

@@ -130,7 +130,8 @@ def stick_breaking_attention_stats(
         tensors, settings = (call.query, call.key, call.value), settings_of(call, config, bias)
         query_block, key_block = _tile_size(chosen, *tensors)
         total = _total_tiles(settings, visited.shape[-1], query_block, key_block, *tensors[:2])
-        spans, is_spent = effective_spans(*tensors, settings, tuple(thresholds))
+        with torch.autocast(call.query.device.type, enabled=False):
+            spans, is_spent = effective_spans(*tensors, settings, tuple(thresholds))
     return StickBreakingStats(
         impl=chosen,
         query_block=query_block,

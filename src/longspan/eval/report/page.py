@@ -75,8 +75,10 @@ def render_page(rows: Sequence[Row], *, notes: Sequence[str] = ()) -> str:
     ]
     plots = [plot._replace(svg=Markup(plot.svg)) for plot in _plots(rows, lines)]
     source = files(__package__).joinpath("compare.html.j2").read_text(encoding="utf-8")
+    style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True).from_string(source)
     return template.render(
+        style=Markup(style),
         model=rows[0]["model"],
         length=count_text(rows[0]["length"]),
         headline=headline(rows),

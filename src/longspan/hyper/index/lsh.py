@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..._random import normal
+from ..._random import first_head_of, normal
 
 __all__ = ["draw_projections", "gray_rank", "sign_codes"]
 
@@ -25,7 +25,10 @@ def draw_projections(
 def _draw(
     seed: int, kv_heads: int, head_dim: int, count: int, device: torch.device | str
 ) -> Tensor:
-    return normal(seed, "hyper/projections", (kv_heads, head_dim, count), device=device)
+    seed, first_head = first_head_of(seed)
+    offset = first_head * head_dim * count
+    shape = (kv_heads, head_dim, count)
+    return normal(seed, "hyper/projections", shape, offset=offset, device=device)
 
 
 _kept = functools.lru_cache(maxsize=32)(_draw)  # a hundred small launches otherwise

@@ -1,0 +1,109 @@
+"""`longspan study`: run a paper's claims again, with controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import ConfigError
+from ._console import console, step
+from ._inputs import check_device, run_folder
+
+__all__ = ["study"]
+
+
+def study(
+    name: str = "stick-breaking-length",
+    *,
+    train: Path | None = None,
+    heldout: Path | None = None,
+    data: Path | None = None,
+    out: Path | None = None,
+    budget: float = 8.0,
+    small: bool = False,
+    stop_after: float | None = None,
+    prepare_only: bool = False,
+    report: bool = False,
+    device: str | None = None,
+) -> int:
+    """Train, evaluate and report. The same command again goes on where it stopped.
+
+    Parameters
+    ----------
+    name
+        stick-breaking-length: does perplexity keep improving beyond the training length?
+    train
+        Texts to train on: a folder of .txt files or an archive.
+    heldout
+        Texts that every reported number is of.
+    data
+        Folder with both as tokens, made by --prepare-only, instead of --train and --heldout.
+    out
+        Folder of the run: rows.jsonl, report.html, report.md, models/.
+    budget
+        Minutes that training and measuring may take; the number of steps follows.
+    small
+        Models and lengths for a processor.
+    stop_after
+        Seconds after which to stop; what is finished is kept.
+    prepare_only
+        Only make the tokens, packed for travelling, in --out.
+    report
+        Only write the report of the rows that --out has.
+    device
+        cpu or cuda.
+    """
+    from ..studies.registry import get_study
+
+    info = get_study(name)
+    folder = run_folder(out, "study", info.name)
+    if report:
+        return _write_report(folder)
+    if data is None and (train is None or heldout is None):
+        raise ConfigError(
+            "--train: came without both texts. Allowed: --train and --heldout (folders of .txt "
+            "files or archives), or --data with the folder of --prepare-only. Give both texts."
+        )
+    from ..studies.stick_breaking_length.data import open_data, prepare_data
+    from ..studies.stick_breaking_length.run import run_study
+    from ..studies.stick_breaking_length.sizes import FULL, SMALL
+
+    if data is None:
+        assert train is not None
+        assert heldout is not None
+        data = folder if prepare_only else folder / "data"
+        with step("tokens of both texts"):
+            prepare_data(train, heldout, data, pack=prepare_only)
+    if prepare_only:
+        console.print(f"Prepared: {data.absolute()}", soft_wrap=True)
+        return 0
+    outcome = run_study(
+        open_data(data),
+        folder,
+        sizes=SMALL if small else FULL,
+        budget_minutes=budget,
+        device=check_device(device),
+        stop_after=stop_after,
+        listener=lambda text: console.print(f"  {text}", markup=False, soft_wrap=True),
+    )
+    for failure in outcome.failures:
+        console.print(f"failed: {failure}", markup=False, soft_wrap=True)
+    code = _write_report(folder)
+    if not outcome.is_finished:
+        console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
+        return 1 if outcome.failures else code
+    return code
+
+
+def _write_report(folder: Path) -> int:
+    from ..eval.rows import read_rows
+    from ..studies.report import render_markdown, write_html
+    from ..studies.stick_breaking_length.page import build_report
+
+    built = build_report(read_rows(folder / "rows.jsonl"))
+    page = write_html(built, folder / "report.html")
+    (folder / "report.md").write_text(render_markdown(built), encoding="utf-8")
+    console.print(built.headline, markup=False)
+    for verdict in built.verdicts:
+        console.print(f"{verdict.claim}: {verdict.outcome}. {verdict.numbers}", markup=False)
+    console.print(f"Report: {page}", soft_wrap=True)
+    return 0

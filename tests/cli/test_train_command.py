@@ -1,0 +1,110 @@
+"""`longspan train`, `study` and `generate`: repeatable, and refusing what they must."""
+
+import json
+
+import pytest
+
+TEXT = "The cat sat on the mat and the dog ran under the hill. She saw it and went home again. "
+SIZES = (
+    *("--steps", 8, "--length", 16, "--batch", 2, "--width", 16, "--layers", 1, "--heads", 2),
+    *("--vocabulary", 300, "--log-every", 2, "--checkpoint-every", 2, "--device", "cpu"),
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    home = tmp_path_factory.mktemp("texts")
+    for name, count in (("train", 3), ("heldout", 2)):
+        (home / name).mkdir()
+        for i in range(count):
+            (home / name / f"{name}{i}.txt").write_text(f"{name} {i}. " + (i + 2) * 40 * TEXT)
+    return home
+
+
+def test_train_then_generate(longspan, texts, tmp_path):
+    out = tmp_path / "run"
+    command = ("train", "--text", texts / "train", "--out", out, *SIZES)
+    code, shown, _ = longspan(*command, "--stop-after", 0)
+    assert code == 0
+    assert "To go on" in shown
+    assert not (out / "model").exists()
+    code, shown, _ = longspan(*command)
+    assert code == 0
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert f"{rows[-1]['loss']:.4f}" in shown
+    assert '"stick_breaking"' in (out / "model" / "config.json").read_text()
+
+    ask = ("generate", "--model", out / "model", "--tokens", 12, "--prompt", "The cat")
+    code, first, _ = longspan(*ask, "--seed", 3)
+    assert code == 0
+    assert first.startswith("The cat")
+    assert longspan(*ask, "--seed", 3)[1] == first
+    assert longspan(*ask, "--seed", 4)[1] != first
+    code, stopped, _ = longspan(*ask, "--seed", 3, "--early-stop", 1e-6)
+    assert code == 0
+    assert stopped == first
+    code, _, error = longspan(*ask, "--text", texts / "train")
+    assert code == 2
+    assert "--prompt" in error
+
+
+def test_train_keeps_to_its_texts(longspan, texts, tmp_path):
+    command = ("train", "--out", tmp_path, *SIZES, "--positions", "forget", "--attention", "exact")
+    assert longspan(*command, "--text", texts / "train")[0] == 0
+    code, _, error = longspan(*command, "--text", texts / "heldout")
+    assert code == 2
+    assert "other texts" in error
+    code, _, error = longspan(*command, "--text", texts / "train", "--seed", 1)
+    assert code == 2
+    assert "other settings" in error
+
+
+def test_generate_needs_a_model(longspan, tmp_path):
+    code, _, error = longspan("generate", "--model", tmp_path)
+    assert code == 2
+    assert "model.safetensors" in error
+
+
+def test_study(longspan, texts, tmp_path, monkeypatch):
+    """The command line around a study whose sizes are tiny."""
+    import dataclasses
+
+    from longspan.studies.stick_breaking_length import sizes
+
+    small = {"width": 16, "layers": 1, "heads": 2}
+    tiny = dataclasses.replace(
+        sizes.SMALL,
+        model=small, sibling=small, recall_model=small, length=16, batch_size=2, lengths=(16, 32),
+        recall_pairs=(2,), recall_tests=(2, 4), recall_batch=2, recall_sequences=2,
+        speed_lengths=(16,), span_length=32,
+    )  # fmt: skip
+    monkeypatch.setattr(sizes, "SMALL", tiny)
+    out = tmp_path / "study"
+    command = ("study", "--train", texts / "train", "--heldout", texts / "heldout", "--out", out,
+               "--budget", 0.02, "--small", "--device", "cpu")  # fmt: skip
+    code, shown, _ = longspan(*command)
+    assert code == 0, shown
+    page = (out / "report.html").read_text()
+    assert "stick-breaking" in page
+    rows = (out / "rows.jsonl").read_text()
+    (out / "report.html").unlink()
+    code, _, _ = longspan("study", "--out", out, "--report")
+    assert code == 0
+    assert (out / "report.html").read_text() == page
+    assert (out / "rows.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("study",), "--heldout"),
+        (("study", "stick-breaking-lenght"), "stick-breaking-length"),
+        (("study", "--report", "--out", "nowhere"), "nowhere"),
+    ],
+)
+def test_refusals(longspan, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = longspan(*arguments)
+    assert code == 2
+    assert message in error
