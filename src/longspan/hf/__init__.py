@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .attention import IMPLEMENTATION, register
     from .cache import make_cache
     from .checkpoint import load_adapter, save_adapter
+    from .convert import convert_infini
     from .patching import Patch, patch
     from .plan import LayerPlan, format_config, parse_config
     from .positions import PositionReport, without_positions
@@ -29,6 +30,7 @@ _LAZY = {
     "register": "attention",
     "make_cache": "cache",
     "context_parallel": "across_ranks",
+    "convert_infini": "convert",
     "load_adapter": "checkpoint",
     "save_adapter": "checkpoint",
     "Patch": "patching",
@@ -48,6 +50,7 @@ __all__ = [
     "Patch",
     "PositionReport",
     "context_parallel",
+    "convert_infini",
     "format_config",
     "load_adapter",
     "make_cache",

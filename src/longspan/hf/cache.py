@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..errors import PatchError
 from .cache_layer import BoundedLayer
 from .indexed_layer import IndexedLayer
+from .infini_layer import InfiniLayer
 from .patching import patch_of
 
 __all__ = ["make_cache"]
@@ -24,7 +25,7 @@ def make_cache(model: nn.Module) -> Cache:
     Returns:
         A transformers `Cache` for `generate(past_key_values=...)` or `model(past_key_values=...)`.
         Patched full-attention layers whose mechanism has a bounded state get a `BoundedLayer`,
-        those that index their keys an `IndexedLayer`, which keeps the index; the others what
+        those under Infini-attention an `InfiniLayer`, which holds an `InfiniState`, those that index their keys an `IndexedLayer`, which keeps the index; the others what
         transformers would give them (`DynamicLayer`, sliding layers).
 
     Raises:
@@ -49,6 +50,9 @@ def make_cache(model: nn.Module) -> Cache:
     layers = list(DynamicCache(config=config).layers)
     for attention, route in routes.values():
         state: Any = route.mechanism.state_class
+        if route.rotation is not None:
+            layers[cast(int, attention.module.layer_idx)] = InfiniLayer(route.config)
+            continue
         if route.reason is not None or attention.is_sliding or not hasattr(state, "kept_keys"):
             continue
         position = cast(int, attention.module.layer_idx)

@@ -225,7 +225,7 @@ def gate_parameter_groups(
 
     Args:
         module: any module that holds InfiniAttention layers, or models with a `longspan_gate`.
-        lr, weight_decay: of all other parameters.
+        lr, weight_decay: of all other parameters that are trained.
         gate_lr: of the gates.
 
     Returns:
@@ -247,7 +247,7 @@ def gate_parameter_groups(
             "InfiniAttention layers, or a model patched with an InfiniConfig."
         )
     known = {id(gate) for gate in gates}
-    others = [p for p in module.parameters() if id(p) not in known]
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
     return [
         {"params": others, "lr": lr, "weight_decay": weight_decay, "name": "weights"},
         {"params": gates, "lr": gate_lr, "weight_decay": 0.0, "name": "gate"},
