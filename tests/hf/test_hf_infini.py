@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -12,8 +13,7 @@ from transformers import DynamicCache
 
 from longspan import ConfigError, InfiniConfig, InfiniState, LongspanWarning, UnsupportedError
 from longspan.errors import PatchError
-from longspan.hf import convert_infini, load_adapter, make_cache, patch, save_adapter
-from longspan.hf import infini_calls
+from longspan.hf import convert_infini, infini_calls, load_adapter, make_cache, patch, save_adapter
 from longspan.hf.infini_layer import InfiniLayer
 from longspan.nn import gate_parameter_groups, gate_statistics
 
@@ -76,8 +76,9 @@ def test_memory_sees_the_projections_before_rotation(monkeypatch, dtype, kind, c
             part = getattr(attention[0], name)
             part.register_forward_hook(lambda m, i, out, name=name: wanted.update({name: out}))
         far = torch.arange(40, 54)[None]  # not the first positions
+        calls.clear()  # of the check of the patch
         run(model, input_ids=ids, position_ids=far)
-    assert len(attention) == (2 if kind != "gemma3" else 2)
+    assert len(attention) == 2
     for name, keyword, rotated in (
         (query_of, "memory_query", "query"), (key_of, "memory_key", "key"),
     ):  # fmt: skip
@@ -229,6 +230,19 @@ def test_packed_documents_do_not_see_each_other(model):
                 past_key_values=make_cache(model))  # fmt: skip
 
 
+def test_a_copy_at_a_boundary_is_a_prefix_snapshot(model):
+    """One prompt read once, several continuations, none of which disturbs the others."""
+    ids = tokens(1, 16)
+    with convert_infini(model, 4, gate_start=0.0):
+        expected = run(model, input_ids=ids)
+        cache = make_cache(model)
+        in_chunks(model, ids[:, :8], [8], cache)
+        assert all(layer.states[0].at_boundary for layer in cache.layers)
+        first = copy.deepcopy(cache)
+        in_chunks(model, tokens(1, 8, seed=8), [8], cache)
+        assert distance(in_chunks(model, ids[:, 8:], [3, 5], first), expected[:, 8:]) < CLOSE
+
+
 def test_state_does_not_grow(model):
     sizes = set()
     with convert_infini(model, 4):
@@ -290,8 +304,7 @@ def test_caches_that_do_not_fit_are_refused(model):
         mine = make_cache(model)
         run(model, input_ids=ids, past_key_values=mine)
     with pytest.raises(UnsupportedError, match="holds is a memory, not keys"):
-        for _ in range(2):
-            run(model, input_ids=ids[:, :1], past_key_values=mine)
+        run(model, input_ids=ids[:, :1], past_key_values=mine)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -314,8 +327,7 @@ def test_adapter_round_trip(tmp_path, kind):
     assert torch.equal(run(fresh, input_ids=ids), expected)
     assert {c.update for c in applied.plan.configs.values()} == {"delta"}
     applied.undo()
-    with pytest.raises(ConfigError, match=r"segment_length of layer \d has 5, the call has 8|"
-                       r"segment_length of layer \d: the adapter .* has 5, the call has 8"):  # fmt: skip
+    with pytest.raises(ConfigError, match="segment_length of layer .* has 5, the call has 8"):
         load_adapter(fresh, tmp_path, segment_length=8)
     with pytest.raises(ConfigError, match="model_type"):
         load_adapter(tiny("qwen3"), tmp_path)
@@ -358,7 +370,7 @@ def step(model, ids, lr=0.01, **groups):
     loss.backward()
     optimizer.step()
     model.eval()
-    return float(loss)
+    return float(loss.detach())
 
 
 def test_gates_alone_can_be_trained(model):
@@ -450,7 +462,9 @@ def test_what_cannot_be_converted_is_refused(monkeypatch, model):
 
     inner = file.apply_rotary_pos_emb
     monkeypatch.setattr(
-        file, "apply_rotary_pos_emb", lambda q, k, cos, sin: [t + 0.5 for t in inner(q, k, cos, sin)]
+        file,
+        "apply_rotary_pos_emb",
+        lambda q, k, cos, sin: [t + 0.5 for t in inner(q, k, cos, sin)],
     )
     with pytest.raises(PatchError, match="with -sin does not undo it"):
         convert_infini(model, 4)

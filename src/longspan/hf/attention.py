@@ -81,7 +81,10 @@ def longspan_attention(
     custom = attention_mask is not None and attention_mask.ndim == 4
     if route.rotation is not None and not custom:
         return _run_with_memory(
-            Request(module, route, query, key, value, scaling), attention_mask, sliding_window, kwargs
+            Request(module, route, query, key, value, scaling),
+            attention_mask,
+            sliding_window,
+            kwargs,
         )
     if sliding_window is not None and not custom:  # a 4-D mask holds the window already
         route = _within_window(route, sliding_window, key.shape[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ class InfiniLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = False  # only inside the segment that is not folded yet
     is_compileable = False
 
-    def __init__(self, config: InfiniConfig) -> None:
+    def __init__(self, config: InfiniConfig, active: Callable[[], bool] | None = None) -> None:
         super().__init__()
         self.config = config
+        self.active = active  # says whether the model is still the one it was made for
         self.states: tuple[InfiniState, ...] = ()  # one for all rows, or one for each
         self.seen = 0  # columns, padding included
         self.pending = False
@@ -52,10 +54,10 @@ class InfiniLayer(CacheLayerMixin):  # type: ignore[misc]
         """Count the new tokens, and return their keys and values.
 
         Raises:
-            UnsupportedError: the keys handed out before were never used: the model attends by
-                something else now, which would see these alone.
+            UnsupportedError: the model attends by something else now (the patch was undone, or
+                the keys handed out before were never used), which would see these keys alone.
         """
-        if self.pending:
+        if self.pending or (self.active is not None and not self.active()):
             raise UnsupportedError(
                 "past_key_values: a cache of Infini-attention was given to a model whose attention "
                 "does not use it; what it holds is a memory, not keys. Use it with the converted "

@@ -294,8 +294,7 @@ def _warn_untrained(plan: LayerPlan) -> None:
             warnings.warn(
                 f"patch: {mechanism} is not an approximation of softmax attention; a model that "
                 "was trained with softmax gives meaningless text under it until it is trained "
-                "again. Positions that the model adds itself (rotary) stay: take them out with "
-                "longspan.hf.without_positions(model), in training and in use.",
+                f"again.{_ADVICE.get(mechanism, '')}",
                 LongspanWarning,
                 stacklevel=3,
             )

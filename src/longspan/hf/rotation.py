@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LongspanError, PatchError
-from .compat import ROTATE, attention_functions, get_implementation, mask_functions, set_implementation
+from .compat import (
+    ROTATE,
+    attention_functions,
+    get_implementation,
+    mask_functions,
+    set_implementation,
+)
 from .layers import AttentionLayer
 from .masks import longspan_mask
 from .positions import LEARNED
@@ -68,7 +74,7 @@ class Rotation:
     def restarted(
         self, query: Tensor, key: Tensor, first: int, length: int
     ) -> tuple[Tensor, Tensor] | None:
-        """Plain queries and keys of tokens first, first + 1, ... turned by their place in the segment.
+        """Plain queries and keys of tokens first, first + 1, ..., turned by place in the segment.
 
         Differences inside a segment stay as they are and angles stay small, however long the
         stream is. None where the rotary module was not found.
@@ -180,8 +186,8 @@ def _watch(model: nn.Module, layers: list[AttentionLayer]) -> dict[int, _Seen]:
             sources.append((output[0], _source(module, args, kwargs)))
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-        current[0] = order_of[id(module)]
-        note = seen[current[0]]
+        order = order_of[id(module)]
+        current[0], note = order, seen[order]
         note.angles = _angles_in(args, kwargs)
         if note.angles is not None:
             known = (make for cos, make in sources if note.angles and cos is note.angles[0])
@@ -262,7 +268,9 @@ def _recorded(classes: set[type], record: Callable[[Any, Tensor, Tensor], None])
 @contextmanager
 def _attending(model: nn.Module, function: Any) -> Iterator[None]:
     """All modules of the model attend by `function`; undone at the end."""
-    found = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    found = {
+        id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None
+    }
     before = [(config, get_implementation(config)) for config in found.values()]
     attention_functions()[_PROBE], mask_functions()[_PROBE] = function, longspan_mask
     try:
