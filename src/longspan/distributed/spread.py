@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,7 +148,7 @@ class _AcrossRanks:
         key: Tensor,
         value: Tensor,
         log_forget: Tensor | None = None,
-        **owned: Tensor,
+        owned: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """(B, H, n, D): this rank's tokens."""
         if log_forget is not None:
@@ -156,7 +156,7 @@ class _AcrossRanks:
                 "spread_transformer: the model puts a bias on keys (a forgetting gate), which the "
                 "schemes do not carry. Use a model without one."
             )
-        settings = {**self._settings, **owned}
+        settings = {**self._settings, **(owned or {})}
         return attend_across_ranks(self._scheme, query, key, value, self._config, **settings)
 
     def __getattr__(self, name: str) -> Any:

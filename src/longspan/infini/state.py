@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -148,10 +149,26 @@ class InfiniState(NamedTuple):
         }
         return self._replace(seen=seen, **made)
 
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Its tensors and numbers by name, for files that hold several states."""
+        return self._tensors(), {"seen": self.seen, "can_continue": int(self.can_continue)}
+
+    @classmethod
+    def from_parts(
+        cls, config: InfiniConfig, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]
+    ) -> InfiniState:
+        """Put together again what `parts` gave."""
+        made: dict[str, Any] = {**dict.fromkeys(_OPTIONAL), **tensors}
+        return cls(
+            **made,
+            seen=numbers["seen"],
+            config=config,
+            can_continue=bool(numbers["can_continue"]),
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, which appears whole or not at all."""
-        numbers = {"seen": self.seen, "can_continue": int(self.can_continue)}
-        save_state(path, "InfiniState", self.config, self._tensors(), numbers)
+        save_state(path, "InfiniState", self.config, *self.parts())
 
     @classmethod
     def load(
@@ -167,15 +184,7 @@ class InfiniState(NamedTuple):
             FileNotFoundError: no such file.
             ConfigError: no InfiniState, or made with other settings than `config`.
         """
-        tensors, numbers = load_state(path, "InfiniState", config, device=device)
-        for name in _OPTIONAL:
-            tensors.setdefault(name, None)  # type: ignore[arg-type]
-        return cls(
-            **tensors,
-            seen=numbers["seen"],
-            config=config,
-            can_continue=bool(numbers["can_continue"]),
-        )
+        return cls.from_parts(config, *load_state(path, "InfiniState", config, device=device))
 
     def _tensors(self) -> dict[str, Tensor]:
         named = self._asdict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from .forget import decay_totals, forget_attention, forget_attention_packed
 from .positions import alibi_attention
 
 __all__ = ["CausalAttention", "KeyValueCache"]
+
+_NOTHING: Mapping[str, Tensor] = {}
 
 _KNOWN = {
     *("query", "key", "value", "is_causal", "query_offset"),
@@ -70,7 +73,7 @@ class CausalAttention:
         impl: as in the mechanism's function; a named one runs or raises.
 
     What a layer owns (gates) and what only some mechanisms take (queries and keys without
-    positions, where `takes_plain`) comes with each call as `**owned`.
+    positions, where `takes_plain`) comes with each call as `owned`.
 
     Raises:
         UnsupportedError: the mechanism needs inputs that this layer does not have.
@@ -104,7 +107,7 @@ class CausalAttention:
         key: Tensor,
         value: Tensor,
         log_forget: Tensor | None = None,
-        **owned: Tensor,
+        owned: Mapping[str, Tensor] = _NOTHING,
     ) -> Tensor:
         """(B, H, N, D), all tokens of a sequence; log_forget (B, H_kv, N) with "forget"."""
         totals = None if log_forget is None else decay_totals(log_forget)
@@ -118,7 +121,7 @@ class CausalAttention:
         cu_seqlens: Tensor,
         max_seqlen: int,
         log_forget: Tensor | None = None,
-        **owned: Tensor,
+        owned: Mapping[str, Tensor] = _NOTHING,
     ) -> Tensor:
         """(total, H, D), several sequences one after the other; log_forget (total, H_kv)."""
         if log_forget is not None:
@@ -150,7 +153,7 @@ class CausalAttention:
         value: Tensor,
         state: Any,
         log_forget: Tensor | None = None,
-        **owned: Tensor,
+        owned: Mapping[str, Tensor] = _NOTHING,
     ) -> tuple[Tensor, Any]:
         """The next tokens (B, H, n, D) after `state` (None at the start); the state after them."""
         if self.chunk is not None:
@@ -170,7 +173,7 @@ class CausalAttention:
 
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, offset: int, totals: Tensor | None,
-        owned: dict[str, Tensor],
+        owned: Mapping[str, Tensor],
     ) -> Tensor:  # fmt: skip
         if totals is not None:
             return forget_attention(

@@ -96,13 +96,13 @@ class Attention(nn.Module):
         log_forget = None if self.forget is None else log_gates(self.forget(x))
         (q, k, v), plain = self._heads(x, rotation)
         if documents is None:
-            attended = self.mechanism.whole(q, k, v, log_forget, **plain, **self._parameters_of())
+            attended = self.mechanism.whole(q, k, v, log_forget, self._owned(plain))
         else:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (total, H, D)
             plain = {name: tensor.transpose(0, 1) for name, tensor in plain.items()}
             log_forget = None if log_forget is None else log_forget.mT
             attended = self.mechanism.packed(
-                q, k, v, *documents, log_forget, **plain, **self._parameters_of()
+                q, k, v, *documents, log_forget, self._owned(plain)
             ).transpose(0, 1)
         return self._join(attended)
 
@@ -110,13 +110,13 @@ class Attention(nn.Module):
         """The next n tokens, (B, n, width), after `state`."""
         log_forget = None if self.forget is None else log_gates(self.forget(x))
         heads, plain = self._heads(x, rotation)
-        attended, state = self.mechanism.stream(
-            *heads, state, log_forget, **plain, **self._parameters_of()
-        )
+        attended, state = self.mechanism.stream(*heads, state, log_forget, self._owned(plain))
         return self._join(attended), state
 
-    def _parameters_of(self) -> dict[str, Tensor]:
-        return {keyword: getattr(self, name) for keyword, name in self.owned.items()}
+    def _owned(self, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this layer's mechanism takes besides queries, keys and values."""
+        learned = {keyword: getattr(self, name) for keyword, name in self.owned.items()}
+        return {**plain, **learned}
 
     def _heads(
         self, x: Tensor, rotation: Rotation | None
