@@ -29,6 +29,10 @@ VARIANTS = {
     "window": {"attention": WINDOW},
     "infini": {"attention": InfiniConfig(segment_length=4), "kv_heads": 2},
     "infini-delta": {"attention": InfiniConfig(segment_length=3, update="delta"), "qk_norm": True},
+    "infini-gated": {
+        "attention": InfiniConfig(segment_length=4, update="gated_delta"),
+        "kv_heads": 2,
+    },
     "mixed": {"attention": (WINDOW, ExactConfig(), WINDOW), "layers": 3, "kv_heads": 1},
     "untied": {"tie_embeddings": False, "head_dim": 6, "mlp_width": 40},
 }
@@ -87,6 +91,19 @@ def test_chunks_equal_the_whole(model, sizes):
             parts.append(logits)
         close(torch.cat(parts, dim=1), model(ids))
     assert state.seen == 23
+
+
+def test_a_gated_memory_is_written_as_strongly_as_each_token_says():
+    """What the layer projects reaches the memory: other biases, another memory."""
+    model, ids = make("infini-gated"), tokens(1, 12)
+    first = model.forward_chunk(ids).final_state.layers[0].memory
+    with torch.no_grad():
+        model.blocks[0].attention.write.bias[:2] += 1.0
+        stronger = model.forward_chunk(ids).final_state.layers[0].memory
+        model.blocks[0].attention.write.bias[2:] -= 8.0
+        forgetful = model.forward_chunk(ids).final_state.layers[0].memory
+    assert (stronger - first).abs().max() > 0.01
+    assert forgetful.norm() < 0.9 * stronger.norm()
 
 
 def test_positions_do_not_reach_the_memory():

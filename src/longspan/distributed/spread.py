@@ -63,7 +63,7 @@ def attend_across_ranks(
     common.pop("key_lengths", None)
 
     def pack(item: Any) -> Any:
-        tokens = isinstance(item, Tensor) and item.ndim == 4
+        tokens = isinstance(item, Tensor) and item.ndim >= 3
         return item.squeeze(0).transpose(0, 1) if tokens else item
 
     q, k, v = (pack(tensor) for tensor in (query, key, value))

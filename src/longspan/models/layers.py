@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..infini.config import InfiniConfig
+from ..infini.rates import write_rates
 from ..mechanisms import mechanism_of_config
 from ..types import Impl
 from .attend import CausalAttention
@@ -78,6 +80,11 @@ class Attention(nn.Module):
             seed=config.attention_seed + layer,
             impl=impl,
         )
+        self.write: nn.Linear | None = None
+        own = self.mechanism.config
+        if isinstance(own, InfiniConfig) and own.update == "gated_delta":
+            self.write = nn.Linear(config.width, 2 * config.num_kv_heads)
+            nn.init.zeros_(self.write.bias)
         self.owned: dict[
             str, str
         ] = {}  # keyword of the mechanism -> name of a parameter of this layer
@@ -121,16 +128,17 @@ class Attention(nn.Module):
     def _heads(
         self, x: Tensor, rotation: Rotation | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-        """(..., H, N, D), (..., H_kv, N, D) twice; queries and keys before rotation, if wanted."""
+        """(..., H, N, D), (..., H_kv, N, D) twice; what the mechanism wants besides, by keyword."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
             for project in (self.query, self.key, self.value)
         )
         q, k = self.query_norm(q), self.key_norm(k)
+        plain = {} if self.write is None else write_rates(self.write(x))
         if rotation is None:
-            return (q, k, v), {}
-        wanted = self.mechanism.takes_plain
-        plain = {"memory_query": q, "memory_key": k} if wanted else {}
+            return (q, k, v), plain
+        if self.mechanism.takes_plain:
+            plain |= {"memory_query": q, "memory_key": k}
         return (rotate(q, rotation), rotate(k, rotation), v), plain
 
     def _join(self, attended: Tensor) -> Tensor:

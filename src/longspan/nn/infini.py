@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError, ShapeError, UnsupportedError
 from ..infini.api import InfiniOutput, infini_attention, initial_gate
 from ..infini.config import InfiniConfig
+from ..infini.rates import write_rates
 from ..infini.state import InfiniState
 from ..types import Impl
 
@@ -181,9 +182,7 @@ class InfiniAttention(nn.Module):
             local_query, local_key = _rotate(query, turn), _rotate(key, turn)
             more = {"memory_query": query, "memory_key": key}
         if self.write is not None:
-            strength, decay = self.write(hidden).float().transpose(1, 2).chunk(2, 1)
-            more["write_gate"] = torch.sigmoid(strength)
-            more["log_decay"] = nn.functional.logsigmoid(decay + 4.0)  # starts near one
+            more |= write_rates(self.write(hidden))
         output, final = infini_attention(
             local_query,
             local_key,
