@@ -136,6 +136,21 @@ def test_closed_gates_leave_attention_inside_segments(kind, local):
         assert distance(in_chunks(model, ids, [3, 1, 12, 7]), expected) < CLOSE
 
 
+@pytest.mark.parametrize("sizes", [[3, 20], [3, 1, 12, 7], [1] * 23], ids=str)
+def test_streams_that_begin_at_other_positions(model, sizes):
+    """Keys of the first segment keep the model's positions, in whichever chunk they come."""
+    ids, far, seen, parts = tokens(2, 23), torch.arange(60, 83)[None], 0, []
+    with convert_infini(model, 5, gate_start=0.0):
+        expected = run(model, input_ids=ids)
+        cache = make_cache(model)
+        for size in sizes:
+            part = slice(seen, seen + size)
+            parts.append(run(model, input_ids=ids[:, part], position_ids=far[:, part],
+                             past_key_values=cache))  # fmt: skip
+            seen += size
+    assert distance(torch.cat(parts, 1), expected) < 1e-4
+
+
 def test_positions_start_again_in_each_segment(monkeypatch, model):
     """Angles do not grow with the length: segment 3 sees what segment 1 would."""
     calls = noted_calls(monkeypatch)

@@ -100,6 +100,17 @@ def test_killed_twice_and_then_longer(tmp_path):
     assert written(folder) == written(tmp_path / "whole")
 
 
+def test_what_a_killed_run_wrote_behind_its_last_save_is_cut_off(tmp_path):
+    make(tmp_path / "whole").run(20)
+    folder = tmp_path / "cut"
+    make(folder).run(10)
+    with pytest.raises(Killed):
+        killed_after(make(folder), 45).run(60)
+    assert len(written(folder)[0]) > 20  # none of it was saved
+    make(folder).run(20)
+    assert written(folder) == written(tmp_path / "whole")
+
+
 def test_reading_in_a_stream_is_reading_at_once(tmp_path):
     """Greedy tokens against the model run over everything, which knows no stream."""
     model = net()
