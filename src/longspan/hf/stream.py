@@ -29,7 +29,7 @@ class PatchedStream:
         >>> with convert_infini(model, segment_length=16):
         ...     stream = PatchedStream(model)
         ...     stream.read(input_ids[:, :40]).shape
-        torch.Size([256])
+        torch.Size([259])
     """
 
     def __init__(self, model: Any) -> None:

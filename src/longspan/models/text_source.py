@@ -28,8 +28,8 @@ class TextSource:
 
     Example:
         >>> source = TextSource("One two three.".encode(), piece=8)
-        >>> source.piece(0), source.piece(7), source.piece(13), source.piece(14)
-        (('One two', 7), (' three', 13), ('.', 14), None)
+        >>> source.piece(0), source.piece(7), source.piece(14)
+        (('One two', 7), (' three.', 14), None)
     """
 
     def __init__(self, source: str | os.PathLike[str] | bytes, *, piece: int = _PIECE) -> None:
