@@ -8,12 +8,20 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import distance, padded, positions, tiny, tokens
+from tiny_models import COMMON, distance, padded, positions, tiny, tokens
 from transformers import DynamicCache
 
 from longspan import ConfigError, InfiniConfig, InfiniState, LongspanWarning, UnsupportedError
 from longspan.errors import PatchError
-from longspan.hf import convert_infini, infini_calls, load_adapter, make_cache, patch, save_adapter
+from longspan.hf import (
+    convert_infini,
+    infini_calls,
+    load_adapter,
+    make_cache,
+    patch,
+    rotation,
+    save_adapter,
+)
 from longspan.hf.infini_layer import InfiniLayer
 from longspan.nn import gate_parameter_groups, gate_statistics
 
@@ -488,6 +496,31 @@ def test_what_cannot_be_converted_is_refused(monkeypatch, model):
         sliding = tiny("mistral_sliding")
         with convert_infini(sliding, 4, layers="every"):
             run(sliding, input_ids=tokens())
+
+
+def test_layers_that_turn_nothing_need_nothing_taken_back(monkeypatch):
+    """SmolLM3 leaves positions out in some layers, though it hands them angles."""
+    import transformers
+
+    config = transformers.SmolLM3Config(**COMMON, no_rope_layers=[1, 0], attn_implementation="sdpa")
+    torch.manual_seed(7)
+    model, ids = transformers.SmolLM3ForCausalLM(config).eval(), tokens(2, 14)
+    expected, calls = run(model, input_ids=ids), noted_calls(monkeypatch)
+    with convert_infini(model, 14):
+        calls.clear()
+        assert distance(run(model, input_ids=ids), expected) < CLOSE
+    assert (calls[0]["memory_key"] - calls[0]["key"]).abs().max() > 0.1
+    assert torch.equal(calls[1]["memory_key"], calls[1]["key"])
+    with convert_infini(model, 4):
+        whole = run(model, input_ids=ids)
+        assert distance(in_chunks(model, ids, [3, 6, 5]), whole) < CLOSE
+
+
+def test_rotation_by_a_function_that_is_not_found_is_refused(monkeypatch, model):
+    monkeypatch.setattr(rotation, "ROTATE", "turned_by_something_else")
+    with pytest.raises(PatchError, match="positions into its queries without calling"):
+        convert_infini(model, 4)
+    assert not any(hasattr(module, "longspan_gate") for module in model.modules())
 
 
 def test_patch_takes_it_too_and_warns(model):

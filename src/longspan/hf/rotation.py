@@ -122,6 +122,10 @@ def find_rotations(model: nn.Module, layers: list[AttentionLayer]) -> dict[int, 
     """
     _refuse_learned(model)
     seen = _watch(model, layers)
+    if any(not note.calls for note in seen.values()):
+        moved = _watch(model, layers, first=_TOKENS)
+        for layer in layers:
+            _check_still(layer, seen[layer.order], moved[layer.order])
     return {layer.order: _rotation_of(layer, seen[layer.order]) for layer in layers}
 
 
@@ -166,6 +170,19 @@ def _rotation_of(layer: AttentionLayer, seen: _Seen) -> Rotation:
     )
 
 
+def _check_still(layer: AttentionLayer, here: _Seen, there: _Seen) -> None:
+    """Layers without a rotary function: their queries must not depend on positions."""
+    if here.calls or here.query is None or there.query is None:
+        return
+    if not torch.equal(here.query, there.query):
+        raise PatchError(
+            f"model: {layer.name} puts positions into its queries without calling {ROTATE}, so "
+            "that they cannot be taken back, and positions must not enter the memory. Leave the "
+            "layer out (layers=...), or use longspan.infini_attention with memory_query and "
+            "memory_key in the model's code."
+        )
+
+
 def _same(found: Tensor, wanted: Tensor) -> bool:
     """Whether the first coordinates are those that went into the rotary function."""
     if wanted.shape[-1] > found.shape[-1] or wanted.shape[:-1] != found.shape[:-1]:
@@ -174,8 +191,12 @@ def _same(found: Tensor, wanted: Tensor) -> bool:
     return bool(error <= _TOLERANCE.get(wanted.dtype, 0.06) * wanted.double().abs().max())
 
 
-def _watch(model: nn.Module, layers: list[AttentionLayer]) -> dict[int, _Seen]:
-    """Run a few tokens, with attention that gives zeros, and note what each layer does."""
+def _watch(model: nn.Module, layers: list[AttentionLayer], first: int = 0) -> dict[int, _Seen]:
+    """Run a few tokens, with attention that gives zeros, and note what each layer does.
+
+    Without attention, queries depend on positions only where a layer turns them. `first` is the
+    position of the first token.
+    """
     seen = {layer.order: _Seen() for layer in layers}
     order_of = {id(layer.module): layer.order for layer in layers}
     sources: list[tuple[Tensor, Callable[[Tensor, Tensor], Angles]]] = []
@@ -219,7 +240,7 @@ def _watch(model: nn.Module, layers: list[AttentionLayer]) -> dict[int, _Seen]:
             stack.callback(layer.module.register_forward_hook(end).remove)
         stack.enter_context(_recorded({type(layer.module) for layer in layers}, record))
         stack.enter_context(_attending(model, attention))
-        _run(model)
+        _run(model, first)
     return seen
 
 
@@ -283,14 +304,15 @@ def _attending(model: nn.Module, function: Any) -> Iterator[None]:
         del attention_functions()[_PROBE], mask_functions()[_PROBE]
 
 
-def _run(model: Any) -> None:
+def _run(model: Any, first: int) -> None:
     modes = {module: module.training for module in model.modules()}
     weight = model.get_input_embeddings().weight
     tokens = torch.arange(_TOKENS, device=weight.device)[None] % weight.shape[0]
     model.eval()
     try:
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
+            positions = torch.arange(first, first + _TOKENS, device=weight.device)[None]
+            model(input_ids=tokens, use_cache=False, position_ids=positions)
     except LongspanError:
         raise
     except Exception as error:
