@@ -73,18 +73,18 @@ def killed_after(stream, reads):
 @pytest.mark.parametrize("kind", list(ATTENTIONS))
 def test_a_run_cut_anywhere_gives_the_same_tokens(tmp_path, kind):
     model = net(ATTENTIONS[kind])
-    whole = make(tmp_path / "whole", model=model)
-    report = whole.run(90)
-    assert (report.read, report.written, report.resumed) == (len(WORDS) + 1, 90, 0)
+    short = {"model": model, "text": WORDS[:700], "save_every": 32}
+    report = make(tmp_path / "whole", **short).run(40)
+    assert (report.read, report.written, report.resumed) == (701, 40, 0)
     ids, text = written(tmp_path / "whole")
-    assert len(set(ids)) > 20  # random weights, drawn tokens
+    assert len(set(ids)) > 10  # random weights, drawn tokens
     num_reads = -(-report.read // 50)
-    for reads in (1, num_reads - 3, num_reads, num_reads + 1, num_reads + 71):
+    for reads in (1, num_reads - 3, num_reads + 1, num_reads + 36):
         folder = tmp_path / f"{reads}"
         with pytest.raises(Killed):
-            killed_after(make(folder, model=model), reads).run(90)
-        report = make(folder, model=model).run(90)
-        assert (report.resumed > 0) == (reads > 1)
+            killed_after(make(folder, **short), reads).run(40)
+        report = make(folder, **short).run(40)
+        assert report.resumed > 0
         assert written(folder) == (ids, text), reads
 
 
