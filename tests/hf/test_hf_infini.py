@@ -313,6 +313,9 @@ def test_rows_are_requests_of_their_own(model):
         cache.reset()
         assert cache.get_seq_length() == 0
         assert distance(in_chunks(model, ids, [11], cache), expected) < CLOSE
+        for layer in cache.layers:
+            layer.offload()
+            layer.prefetch()
         cache.batch_repeat_interleave(2)
         assert [layer.batch for layer in cache.layers] == [6, 6]
 
@@ -496,6 +499,16 @@ def test_what_cannot_be_converted_is_refused(monkeypatch, model):
         sliding = tiny("mistral_sliding")
         with convert_infini(sliding, 4, layers="every"):
             run(sliding, input_ids=tokens())
+
+
+def test_sequences_over_ranks_do_not_take_rotated_keys(model):
+    from longspan.hf import context_parallel
+
+    with (
+        pytest.raises(UnsupportedError, match="keys come rotated, which must not enter the mem"),
+        context_parallel(model, InfiniConfig(), group=None, layout=None),
+    ):
+        pass
 
 
 def test_layers_that_turn_nothing_need_nothing_taken_back(monkeypatch):
