@@ -34,12 +34,13 @@ from .tiles import (
     load_tile,
     masked_count,
     masked_tile,
+    row_bounds,
     run_bounds,
     sequence_of,
     store_tile,
     tiles_of,
     upcasts,
-    visible,
+    within,
 )
 
 __all__ = ["triton_backward"]
@@ -77,27 +78,22 @@ def _window_delta_bwd_kernel(
 
 @triton.jit
 def _add_query_gradient(
-    dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, limit, p, offs_n, offs_d,
-    offs_dv, scale, n_k, window, num_sinks,
+    dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, low, span, offs_n, offs_d,
+    offs_dv, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, UPCAST: tl.constexpr,
+    KIND: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq += ds k over one tile of keys; KIND as in the forward."""
+    """dq += ds k over one tile of keys; KIND "full" or "masked" as in the forward."""
     k = load_tile(
-        k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
+        k_ptr, stride_kn, start, n_k, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
     )
     v = load_tile(
-        v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST
+        v_ptr, stride_vn, start, n_k, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST
     )
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     w = tl.math.exp2(s * scale - lse[:, None])
     if KIND != "full":
-        j = start + offs_n
-        if KIND == "masked":
-            seen = visible(p, j, n_k, window, num_sinks, IS_CAUSAL)
-        else:
-            seen = (j < limit)[None, :]
-        w = tl.where(seen, w, 0.0)
+        w = tl.where(within(low, span, start, offs_n), w, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     ds = w * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -150,27 +146,26 @@ def _window_query_bwd_kernel(
 
     first = start_m + query_offset  # key indices of the rows
     last = tl.minimum(start_m + BLOCK_M, n_q) - 1 + query_offset
-    p = first + offs_m
     log2_scale = scale * LOG2E
     begin, full_begin, full_end, end, sink_end = run_bounds(
         first, last, n_k, window, num_sinks, IS_CAUSAL, BLOCK_N)  # fmt: skip
+    low, span, sink_low, sink_span = row_bounds(
+        first + offs_m, n_k, window, num_sinks, IS_CAUSAL)  # fmt: skip
     # The sinks first: their loads overlap with those of the queries.
     for start in range(0, sink_end, BLOCK_S):
         dq = _add_query_gradient(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, p,
-            tl.arange(0, BLOCK_S), offs_d, offs_dv, log2_scale, n_k, window, num_sinks, DIM,
-            VALUE_DIM, BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, sink_low,
+            sink_span, tl.arange(0, BLOCK_S), offs_d, offs_dv, log2_scale, DIM, VALUE_DIM, BLOCK_D,
+            BLOCK_DV, "masked", UPCAST)  # fmt: skip
     for start in range(full_begin, full_end, BLOCK_N):
         dq = _add_query_gradient(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
-            offs_dv, log2_scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            IS_CAUSAL, "full", UPCAST)  # fmt: skip
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, low, span, offs_n,
+            offs_d, offs_dv, log2_scale, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, "full", UPCAST)  # fmt: skip
     for t in range(0, masked_count(begin, full_begin, full_end, end, BLOCK_N)):
         start = masked_tile(t, begin, full_begin, full_end, BLOCK_N)
         dq = _add_query_gradient(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
-            offs_dv, log2_scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            IS_CAUSAL, "masked", UPCAST)  # fmt: skip
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, low, span, offs_n,
+            offs_d, offs_dv, log2_scale, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, "masked", UPCAST)  # fmt: skip
     store_tile(dq_ptr, stride_dqn, start_m, n_q, offs_m, offs_d, dq * scale, DIM)
 
 

@@ -17,6 +17,7 @@ from .backward import (
     _window_sink_bwd_kernel,
 )
 from .configs import (
+    ROW_PARTS,
     SINK_ROWS,
     SINK_TILE,
     forward_config,
@@ -53,6 +54,9 @@ def _cases(dim: int, dtype: torch.dtype, shared: str) -> Iterator[AotCase]:
     sizes = forward_config(dim, dim, dtype, shared)
     yield _case("window/fwd", label, _window_fwd_kernel, sizes, dtype, dim,
                 BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
+    if shared == "large" and (sizes := forward_config(dim, dim, dtype, shared, True)).is_tma:
+        yield _case("window/fwd_tma", label, _window_fwd_kernel, sizes, dtype, dim,
+                    BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
     sizes = query_config(dim, dim, dtype, shared)
     yield _case("window/query_bwd", label, _window_query_bwd_kernel, sizes, dtype, dim,
                 BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE)  # fmt: skip
@@ -77,8 +81,11 @@ def _case(
         "VALUE_DIM": dim, "BLOCK_M": sizes.block_m, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(dim), "IS_CAUSAL": True, "IS_PACKED": False, "HAS_LENGTHS": False,
         "HAS_DLSE": False, "FLIP": False, "UPCAST": False,
-        "ONE_LOOP": sizes.is_one_loop, **blocks,
+        "ONE_LOOP": sizes.is_one_loop, "PARTS": ROW_PARTS,
+        "IS_TMA": sizes.is_tma, **blocks,
     }  # fmt: skip
+    if not sizes.is_tma:
+        known |= {"k_desc": None, "v_desc": None}
     if name == "window/delta_bwd":
         known["dlse_ptr"] = None
     constexprs = {n: known[n] for n in kernel.arg_names if n in known}
@@ -88,6 +95,9 @@ def _case(
             continue
         if argument.endswith("_ptr"):
             signature[argument] = "*fp32" if argument in _SINGLE_POINTERS else _TYPES[dtype]
+        elif argument.endswith("_desc"):
+            tile = f"1,1,{blocks['BLOCK_N']},{block_dim(dim)}"
+            signature[argument] = f"tensordesc<{_TYPES[dtype][1:]}[{tile}]>"
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
     tiles = "x".join(str(n) for n in (sizes.block_m, blocks.get("BLOCK_N")) if n)

@@ -13,6 +13,7 @@ import torch
 from ...._triton.launch import KernelConfig, interpreting
 
 __all__ = [
+    "ROW_PARTS",
     "SINK_ROWS",
     "SINK_TILE",
     "forward_config",
@@ -23,6 +24,7 @@ __all__ = [
     "sink_rows",
 ]
 
+ROW_PARTS = 8  # partial sums a row keeps until its end: one for each column of a matrix unit's tile
 SINK_TILE = 16  # columns of a tile of sinks: the least that the matrix units take
 SINK_ROWS = 2048  # queries whose sink gradients one program sums up, for up to 64 sinks
 
@@ -40,6 +42,11 @@ _FORWARD = {
     ("small", 64): KernelConfig(64, 64, 4, 2),
     ("small", 128): KernelConfig(64, 32, 4, 2),
     ("small", 256): KernelConfig(64, 32, 8, 2),
+}
+# The same where the tensor memory accelerator loads the tiles: no address is held in registers.
+_FORWARD_TMA = {
+    64: KernelConfig(128, 64, 8, 2, 128, False, True),
+    128: KernelConfig(128, 64, 8, 2, 128, False, True),
 }
 _QUERY = {
     ("large", 64): KernelConfig(64, 64, 4, 3),
@@ -92,9 +99,13 @@ def _class_of(device: torch.device) -> str:
     return "large" if limit > _LARGE else "medium" if limit > _MEDIUM else "small"
 
 
-def forward_config(dim: int, value_dim: int, dtype: torch.dtype, shared: str) -> KernelConfig:
-    """Forward kernel."""
+def forward_config(
+    dim: int, value_dim: int, dtype: torch.dtype, shared: str, is_tma: bool = False
+) -> KernelConfig:
+    """Forward kernel; is_tma: the tensor memory accelerator can load its tiles."""
     width = _width(dim, value_dim)
+    if is_tma and width in _FORWARD_TMA:
+        return _FORWARD_TMA[width]
     return _SINGLE_FORWARD[width] if dtype is torch.float32 else _FORWARD[shared, width]
 
 
