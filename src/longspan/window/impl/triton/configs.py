@@ -59,17 +59,25 @@ _QUERY = {
     ("small", 128): KernelConfig(64, 32, 4, 1),
     ("small", 256): KernelConfig(32, 16, 4, 1),
 }
-# block_m: queries of the inner loop; block_n: keys of the program.
+_QUERY_TMA = {
+    64: KernelConfig(64, 64, 4, 3, is_tma=True),
+    128: KernelConfig(64, 64, 4, 2, is_tma=True),
+}
+# block_m: queries of the inner loop; block_n: keys of the program. One loop: all tiles are masked.
 _KEY = {
-    ("large", 64): KernelConfig(64, 64, 4, 2),
-    ("large", 128): KernelConfig(32, 128, 8, 2),
-    ("large", 256): KernelConfig(32, 32, 8, 2),
-    ("medium", 64): KernelConfig(32, 64, 4, 2),
-    ("medium", 128): KernelConfig(32, 64, 4, 1),
-    ("medium", 256): KernelConfig(32, 32, 8, 2),
-    ("small", 64): KernelConfig(32, 64, 4, 2),
-    ("small", 128): KernelConfig(32, 64, 4, 1),
-    ("small", 256): KernelConfig(32, 32, 8, 2),
+    ("large", 64): KernelConfig(64, 64, 4, 2, None, True),
+    ("large", 128): KernelConfig(32, 128, 8, 2, None, True),
+    ("large", 256): KernelConfig(32, 32, 8, 2, None, True),
+    ("medium", 64): KernelConfig(32, 64, 4, 2, None, True),
+    ("medium", 128): KernelConfig(32, 64, 4, 1, None, True),
+    ("medium", 256): KernelConfig(32, 32, 8, 2, None, True),
+    ("small", 64): KernelConfig(32, 64, 4, 2, None, True),
+    ("small", 128): KernelConfig(32, 64, 4, 1, None, True),
+    ("small", 256): KernelConfig(32, 32, 8, 2, None, True),
+}
+_KEY_TMA = {
+    64: KernelConfig(64, 64, 4, 2, None, True, True),
+    128: KernelConfig(32, 128, 8, 2, None, True, True),
 }
 # float32 runs on the ordinary arithmetic units: small tiles, or the registers spill. Beyond 128
 # columns every tile spills; api.py refuses those.
@@ -82,8 +90,8 @@ _SINGLE_QUERY = {
     128: KernelConfig(16, 16, 8, 1),
 }
 _SINGLE_KEY = {
-    64: KernelConfig(32, 32, 8, 1),
-    128: KernelConfig(16, 16, 8, 1),
+    64: KernelConfig(32, 32, 8, 1, None, True),
+    128: KernelConfig(16, 16, 8, 1, None, True),
 }
 
 
@@ -109,15 +117,23 @@ def forward_config(
     return _SINGLE_FORWARD[width] if dtype is torch.float32 else _FORWARD[shared, width]
 
 
-def query_config(dim: int, value_dim: int, dtype: torch.dtype, shared: str) -> KernelConfig:
+def query_config(
+    dim: int, value_dim: int, dtype: torch.dtype, shared: str, is_tma: bool = False
+) -> KernelConfig:
     """Kernel of the gradient of query."""
     width = _width(dim, value_dim)
+    if is_tma and width in _QUERY_TMA:
+        return _QUERY_TMA[width]
     return _SINGLE_QUERY[width] if dtype is torch.float32 else _QUERY[shared, width]
 
 
-def key_config(dim: int, value_dim: int, dtype: torch.dtype, shared: str) -> KernelConfig:
+def key_config(
+    dim: int, value_dim: int, dtype: torch.dtype, shared: str, is_tma: bool = False
+) -> KernelConfig:
     """Kernel of the gradients of key and value."""
     width = _width(dim, value_dim)
+    if is_tma and width in _KEY_TMA:
+        return _KEY_TMA[width]
     return _SINGLE_KEY[width] if dtype is torch.float32 else _KEY[shared, width]
 
 

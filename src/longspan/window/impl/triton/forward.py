@@ -11,8 +11,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -25,11 +23,12 @@ from .configs import ROW_PARTS, SINK_TILE, forward_config, shared_class
 from .tiles import (
     LN2,
     LOG2E,
+    below,
     block_dim,
     copies_tiles,
     copy_tile,
     cut,
-    descriptor,
+    descriptors,
     grid_of,
     kernel_input,
     kernel_settings,
@@ -53,21 +52,22 @@ _UNSPECIALIZED = ["n_q", "n_k", "query_offset", "window", "num_sinks"]
 
 @triton.jit
 def _accumulate(
-    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h, start, n_k, low,
-    span, is_full, offs_n, offs_d, offs_dv, scale,
+    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h, start, limit, low,
+    count, is_full, offs_n, offs_d, offs_dv, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     KIND: tl.constexpr, IS_TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the keys start ... Row i sees low[i] .. low[i] + span[i].
+    """One step of the online softmax over the keys start ... Row i sees count[i] keys from low[i].
 
-    KIND: "full" (every score counts), "masked", or "mixed" (full if is_full, else masked).
+    KIND: "full" (every score counts), "masked", "mixed" (full if is_full, else masked), or "sink"
+    (sinks before the interval of the row; limit is their end).
     l_i is [BLOCK_M, PARTS]: the sum over the last axis is left to the end.
     """
     if IS_TMA:
         k = copy_tile(k_desc, b, h, start, offs_n.shape[0], BLOCK_D, UPCAST)
     else:
         k = load_tile(
-            k_ptr, stride_kn, start, n_k, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
+            k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
         )
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if KIND == "full":
@@ -75,10 +75,12 @@ def _accumulate(
         w = tl.math.exp2(s * scale - m_new[:, None])
         shrink = tl.math.exp2(m_i - m_new)
     else:
-        if KIND == "masked":  # noqa: SIM114 (known at compile time, is_full is not)
-            s = tl.where(within(low, span, start, offs_n), s, float("-inf"))
+        if KIND == "sink":
+            s = tl.where(below(low, limit, start, offs_n), s, float("-inf"))
+        elif KIND == "masked":  # noqa: SIM114 (known at compile time, is_full is not)
+            s = tl.where(within(low, count, start, offs_n), s, float("-inf"))
         elif not is_full:
-            s = tl.where(within(low, span, start, offs_n), s, float("-inf"))
+            s = tl.where(within(low, count, start, offs_n), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN in empty rows
         w = tl.math.exp2(s * scale - m_safe[:, None])
@@ -88,7 +90,7 @@ def _accumulate(
         v = copy_tile(v_desc, b, h, start, offs_n.shape[0], BLOCK_DV, UPCAST)
     else:
         v = load_tile(
-            v_ptr, stride_vn, start, n_k, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full",
+            v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full",
             UPCAST,
         )  # fmt: skip
     acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -143,32 +145,31 @@ def _window_fwd_kernel(
     last = tl.minimum(start_m + BLOCK_M, n_q) - 1 + query_offset
     begin, full_begin, full_end, end, sink_end = run_bounds(
         first, last, n_k, window, num_sinks, IS_CAUSAL, BLOCK_N)  # fmt: skip
-    low, span, sink_low, sink_span = row_bounds(
-        first + offs_m, n_k, window, num_sinks, IS_CAUSAL)  # fmt: skip
+    low, count = row_bounds(first + offs_m, n_k, window, num_sinks, IS_CAUSAL)
     # The sinks first: their loads overlap with those of the queries.
-    for start in tl.range(0, sink_end, BLOCK_S, num_stages=1):
+    for start in range(0, sink_end, BLOCK_S):
         acc, l_parts, m_i = _accumulate(
             acc, l_parts, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h_k, start,
-            n_k, sink_low, sink_span, False, tl.arange(0, BLOCK_S), offs_d, offs_dv, scale, DIM,
-            VALUE_DIM, BLOCK_D, BLOCK_DV, "masked", False, UPCAST)  # fmt: skip
+            sink_end, low, count, False, tl.arange(0, BLOCK_S), offs_d, offs_dv, scale, DIM,
+            VALUE_DIM, BLOCK_D, BLOCK_DV, "sink", False, UPCAST)  # fmt: skip
     if ONE_LOOP:  # one pipeline, filled once, over tiles with and without a mask
         for start in range(begin, end, BLOCK_N):
             is_full = (start >= full_begin) & (start < full_end)
             acc, l_parts, m_i = _accumulate(
                 acc, l_parts, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h_k,
-                start, n_k, low, span, is_full, offs_n, offs_d, offs_dv, scale, DIM, VALUE_DIM,
+                start, n_k, low, count, is_full, offs_n, offs_d, offs_dv, scale, DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, "mixed", IS_TMA, UPCAST)  # fmt: skip
     else:
         for start in range(full_begin, full_end, BLOCK_N):
             acc, l_parts, m_i = _accumulate(
                 acc, l_parts, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h_k,
-                start, n_k, low, span, True, offs_n, offs_d, offs_dv, scale, DIM, VALUE_DIM,
+                start, n_k, low, count, True, offs_n, offs_d, offs_dv, scale, DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, "full", IS_TMA, UPCAST)  # fmt: skip
         for t in range(0, masked_count(begin, full_begin, full_end, end, BLOCK_N)):
             start = masked_tile(t, begin, full_begin, full_end, BLOCK_N)
             acc, l_parts, m_i = _accumulate(
                 acc, l_parts, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h_k,
-                start, n_k, low, span, False, offs_n, offs_d, offs_dv, scale, DIM, VALUE_DIM,
+                start, n_k, low, count, False, offs_n, offs_d, offs_dv, scale, DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, "masked", IS_TMA, UPCAST)  # fmt: skip
 
     l_i = tl.sum(l_parts, 1)
@@ -207,15 +208,11 @@ def triton_forward(
     is_tma = is_uniform and copies_tiles(key, value)
     shared = shared_class(query.device)
     sizes = kernel or pick([forward_config(dim, value_dim, query.dtype, shared, is_tma)])
-    descriptors: tuple[Any, Any] = (None, None)
-    if is_tma and sizes.is_tma:
-        descriptors = (
-            descriptor(key, sizes.block_n, block_dim(dim)),
-            descriptor(value, sizes.block_n, block_dim(value_dim)),
-        )
+    is_tma = is_tma and sizes.is_tma
     grid = grid_of(tiles_of(rows, sizes.block_m), entries, heads)
     _window_fwd_kernel[grid](
-        query, key, value, output, lse, *descriptors, cu_seqlens_q, cu_seqlens_k, call.key_lengths,
+        query, key, value, output, lse, *descriptors(is_tma, key, value, sizes.block_n),
+        cu_seqlens_q, cu_seqlens_k, call.key_lengths,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
         *lse.stride()[:2], scale, heads, rows, keys,
         call.query_offset, *kernel_settings(config, keys),
@@ -223,7 +220,7 @@ def triton_forward(
         BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n, BLOCK_S=SINK_TILE,
         BLOCK_D=block_dim(dim), BLOCK_DV=block_dim(value_dim),
         IS_CAUSAL=call.is_causal, IS_PACKED=cu_seqlens_q is not None, HAS_LENGTHS=call.key_lengths is not None,
-        FLIP=scale < 0, UPCAST=upcasts(query.dtype, interpreting()), ONE_LOOP=sizes.is_one_loop, IS_TMA=descriptors[0] is not None,
+        FLIP=scale < 0, UPCAST=upcasts(query.dtype, interpreting()), ONE_LOOP=sizes.is_one_loop, IS_TMA=is_tma,
         PARTS=ROW_PARTS,
         **sizes.options(),
     )  # fmt: skip

@@ -7,6 +7,8 @@ tile of their own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -115,24 +117,19 @@ def run_bounds(
 
 @triton.jit
 def row_bounds(p, n_k, window, num_sinks, IS_CAUSAL: tl.constexpr):
-    """What the query at key index p (BLOCK_M,) sees, as two intervals that do not overlap.
+    """What the query at key index p (BLOCK_M,) sees: `count` keys from `low`, and sinks below low.
 
-    Returns (low, span, sink_low, sink_span): keys low .. low + span of the run, and sinks
-    sink_low .. sink_low + sink_span before it. An empty interval starts at the largest integer.
+    Returns (low, count).
     """
     low = tl.maximum(p - window + 1, 0)
-    sinks = tl.minimum(num_sinks, n_k)
     if IS_CAUSAL:
         high = tl.minimum(p, n_k - 1)
     else:
+        sinks = tl.minimum(num_sinks, n_k)
         high = tl.minimum(p + (window - 1), n_k - 1)
         low = tl.where(high < sinks - 1, 0, low)
         high = tl.maximum(high, sinks - 1)
-    sink_high = tl.minimum(sinks, low) - 1
-    sink_low = tl.where(sink_high < 0, 0x7FFFFFFF, 0)
-    empty = high < low
-    low, span = tl.where(empty, 0x7FFFFFFF, low), tl.where(empty, 0, high - low)
-    return low, span, sink_low, tl.maximum(sink_high, 0)
+    return low, tl.maximum(high - low + 1, 0)
 
 
 @triton.jit
@@ -151,13 +148,20 @@ def masked_count(begin, full_begin, full_end, end, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def within(low, span, start, offs_n):
-    """Whether key start + offs_n is in low .. low + span: [BLOCK_M, BLOCK_N].
+def within(low, count, start, offs_n):
+    """Whether key start + offs_n is one of the `count` keys from low: [BLOCK_M, BLOCK_N].
 
     One subtraction and one unsigned comparison an element: a negative gap is a large number.
     """
     gap = offs_n[None, :] - (low - start)[:, None]
-    return gap.to(tl.uint32) <= span.to(tl.uint32)[:, None]
+    return gap.to(tl.uint32) < count.to(tl.uint32)[:, None]
+
+
+@triton.jit
+def below(low, sink_end, start, offs_n):
+    """Whether key start + offs_n is a sink before the interval of a row: [BLOCK_M, BLOCK_N]."""
+    j = start + offs_n
+    return (j[None, :] < low[:, None]) & (j < sink_end)[None, :]
 
 
 @triton.jit
@@ -191,10 +195,14 @@ def copies_tiles(*tensors: Tensor) -> bool:
     return all(min(t.stride()) > 0 and t.element_size() == 2 for t in tensors)
 
 
-def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """What a kernel needs to copy tiles of (rows, columns) from (B, H, N, D)."""
+def descriptors(is_tma: bool, a: Tensor, b: Tensor, rows: int) -> tuple[Any, Any]:
+    """What a kernel needs to copy tiles of `rows` rows from two tensors (B, H, N, D); or nothing."""
+    return (_descriptor(a, rows), _descriptor(b, rows)) if is_tma else (None, None)
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     shape, strides = list(tensor.shape), list(tensor.stride())
-    return TensorDescriptor(tensor, shape, strides, [1, 1, rows, columns])
+    return TensorDescriptor(tensor, shape, strides, [1, 1, rows, block_dim(shape[-1])])
 
 
 def kernel_settings(config: WindowConfig, n_k: int) -> tuple[int, int]:
