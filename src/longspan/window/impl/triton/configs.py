@@ -45,7 +45,7 @@ _FORWARD = {
 }
 # The same where the tensor memory accelerator loads the tiles: no address is held in registers.
 _FORWARD_TMA = {
-    64: KernelConfig(128, 64, 8, 2, 128, False, True),
+    64: KernelConfig(64, 64, 4, 2, 128, False, True),
     128: KernelConfig(128, 64, 8, 2, 128, False, True),
 }
 _QUERY = {
@@ -76,8 +76,8 @@ _KEY = {
     ("small", 256): KernelConfig(32, 32, 8, 2, None, True),
 }
 _KEY_TMA = {
-    64: KernelConfig(64, 64, 4, 2, None, True, True),
-    128: KernelConfig(32, 128, 8, 2, None, True, True),
+    64: KernelConfig(64, 64, 4, 2, None, False, True),
+    128: KernelConfig(64, 64, 4, 2, None, True, True),
 }
 # float32 runs on the ordinary arithmetic units: small tiles, or the registers spill. Beyond 128
 # columns every tile spills; api.py refuses those.
