@@ -14,9 +14,47 @@ import zlib
 import torch
 from torch import Tensor
 
-__all__ = ["integers", "normal", "permutation", "random_bits", "uniform"]
+from .errors import ConfigError
+
+__all__ = [
+    "first_head_of",
+    "integers",
+    "normal",
+    "permutation",
+    "random_bits",
+    "seed_of_heads",
+    "uniform",
+]
 
 _MASK = 0xFFFFFFFF
+_MARK, _HEAD_SHIFT = 1 << 62, 48  # of seeds that carry a head
+
+
+def seed_of_heads(seed: int, first_head: int) -> int:
+    """One int for a seed and the index of the first head that draws from it.
+
+    A rank that owns heads 4 .. 7 then draws their numbers, through operators whose schema has one
+    seed. `first_head_of` takes it apart.
+
+    Raises:
+        ConfigError: first_head is not 0, and seed is not in 0 .. 2**48 - 1 or first_head too large.
+    """
+    if first_head == 0:
+        return seed
+    if not 0 <= seed < 1 << _HEAD_SHIFT or not 0 < first_head < 1 << (62 - _HEAD_SHIFT):
+        raise ConfigError(
+            f"seed is {seed} with head_offset {first_head}; with an offset the seed must lie in "
+            f"0 .. 2**{_HEAD_SHIFT} - 1 and the offset below 2**{62 - _HEAD_SHIFT}. Use a smaller "
+            "seed."
+        )
+    return _MARK | first_head << _HEAD_SHIFT | seed
+
+
+def first_head_of(seed: int) -> tuple[int, int]:
+    """(seed, first head) of what `seed_of_heads` made; (seed, 0) of any other seed below 2**62."""
+    if seed < _MARK:
+        return seed, 0
+    return seed & ((1 << _HEAD_SHIFT) - 1), (seed & (_MARK - 1)) >> _HEAD_SHIFT
 
 
 def random_bits(

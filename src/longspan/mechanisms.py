@@ -41,6 +41,7 @@ class Mechanism:
     has_backward: bool = True
     state_name: str | None = None  # class in `state.py` of what streams with bounded memory
     has_triton: bool = False
+    shares_draws: bool = False  # what `seed` makes is the same for all heads
     has_parameters: bool = False  # learns tensors of its own: `initial_parameters` in `api.py`
 
     @property
@@ -134,6 +135,7 @@ _TABLE = (
         config_name="ConvBasisConfig",
         is_causal_only=True,
         has_triton=True,
+        shares_draws=True,
     ),
     Mechanism(
         name="infini",

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longspan._random import integers, normal, permutation, random_bits, uniform
+from longspan import ConfigError
+from longspan._random import (
+    first_head_of,
+    integers,
+    normal,
+    permutation,
+    random_bits,
+    seed_of_heads,
+    uniform,
+)
 
 
 def test_a_slice_can_be_drawn_alone():
@@ -54,3 +63,15 @@ def test_integers_and_permutation():
     order = permutation(5, "p", 1000)
     assert torch.equal(order.sort().values, torch.arange(1000))
     assert (order == torch.arange(1000)).sum() < 10
+
+
+def test_seed_and_first_head_travel_as_one_number():
+    for seed, head in ((0, 1), (2**48 - 1, 7), (123, 2**14 - 1)):
+        assert first_head_of(seed_of_heads(seed, head)) == (seed, head)
+        assert seed_of_heads(seed, head) < 2**63  # fits an operator's schema
+    for seed in (0, -5, 2**61):
+        assert seed_of_heads(seed, 0) == seed
+        assert first_head_of(seed) == (seed, 0)
+    for seed, head in ((-1, 1), (2**48, 1), (0, 2**14), (0, -1)):
+        with pytest.raises(ConfigError, match="head_offset"):
+            seed_of_heads(seed, head)

@@ -7,9 +7,17 @@ import itertools
 import pytest
 import torch
 
-from longspan import InfiniConfig, UnsupportedError, infini_attention
+from longspan import (
+    ExactConfig,
+    InfiniConfig,
+    StickBreakingConfig,
+    UnsupportedError,
+    WindowConfig,
+    infini_attention,
+)
 from longspan.distributed import (
     SequenceLayout,
+    attend_across_ranks,
     ring_attention_varlen,
     ring_attention_with_lse,
     ring_attention_with_remainder,
@@ -17,6 +25,7 @@ from longspan.distributed import (
     ulysses_attention_varlen,
 )
 from longspan.mechanisms import get_mechanism, mechanism_of_config
+from longspan.testing import assert_within_budget
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -218,9 +227,32 @@ def check_head_offset(group):
         _extra("f", careless, group, 8)
 
 
-def check_refused(group, name):
-    layout = SequenceLayout(length=8, ranks=group.size)
-    part = [layout.split(t, group.rank, 2) for t in inputs(8)[:3]]
-    with pytest.raises(UnsupportedError, match="head_offset"):
-        ulysses_attention(*part, get_mechanism(name).config_class(), group=group, layout=layout,
-                          is_causal=True, enable_gqa=True)  # fmt: skip
+def check_low_precision(group, dtype):
+    """Ranks err about as little as one process does in bfloat16; the same bits come again."""
+    layout = SequenceLayout(length=70, ranks=group.size)
+    contiguous = SequenceLayout(length=70, ranks=group.size, kind="contiguous", multiple=16)
+    infini = InfiniConfig(segment_length=16)
+    cases = (
+        ("exact", ExactConfig(), layout, "ring"),
+        ("window", WindowConfig(window=9, num_sinks=2), layout, "ring"),
+        ("stick_breaking", StickBreakingConfig(), layout, "ring"),
+        ("window", WindowConfig(window=9, num_sinks=2), layout, "ulysses"),
+        ("infini", infini, contiguous, "state_passing"),
+    )
+    q, k, v, up = inputs(70)
+    low = [t.to(dtype) for t in (q, k, v)]
+    for name, config, where, scheme in cases:
+        function = get_mechanism(name).function
+        call = {"is_causal": True, "enable_gqa": True, "config": config}
+        oracle = result_of(function(*(t.double() for t in low), **call))
+        one = result_of(function(*low, **call))
+        bits = []
+        for _ in range(2):
+            mine = leaves(*(where.split(t, group.rank, 2) for t in low))
+            out = attend_across_ranks(scheme, *mine, config, group=group, layout=where)
+            share = where.split(up.to(dtype), group.rank, 2)
+            bits.append((out, *torch.autograd.grad(out, mine, share)))
+        assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True)), name
+        want, plain = (where.split(t, group.rank, 2) for t in (oracle, one))
+        assert out.dtype is dtype
+        assert_within_budget(out, want, plain, label=name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from context_checks import check_ring, check_ring_packed
+import torch
+from context_checks import check_low_precision, check_ring, check_ring_packed
 
 from longspan import ExactConfig, StickBreakingConfig, WindowConfig
 
@@ -48,3 +49,8 @@ def test_ring_equals_one_process(ranks, kind, case):
 )  # fmt: skip
 def test_packed_documents(ranks, kind, config):
     ranks.run(check_ring_packed, config=config, kind=kind, marks=PACKED)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_low_precision_and_repeatable_bits(ranks, dtype):
+    ranks.run(check_low_precision, dtype=dtype)

@@ -26,6 +26,7 @@ def test_state_passing_equals_one_process(ranks, update, local):
         {"update": "delta", "length": 5},
         {"update": "linear", "length": 6, "local": "sliding", "state": 12},
         {"update": "linear", "length": 13},
+        {"update": "delta", "state": 12, "local": "sliding", "lengths": [53, 3]},
     ],
     ids=str,
 )

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from context_checks import (
     check_head_offset,
-    check_refused,
     check_ulysses,
     check_ulysses_infini,
     check_ulysses_packed,
 )
 
-from longspan import StickBreakingConfig
+from longspan import HyperConfig, StickBreakingConfig
 from longspan.mechanisms import MECHANISMS
 
-
-def draws_by_local_head(mechanism):
-    """Whether a rank would draw the random numbers of other heads: such are refused."""
-    parameters = inspect.signature(mechanism.function).parameters
-    return "seed" in parameters and "head_offset" not in parameters
-
-
-NAMES = sorted(name for name, m in MECHANISMS.items() if not draws_by_local_head(m))
-REFUSED = sorted(set(MECHANISMS) - set(NAMES))
+NAMES = sorted(MECHANISMS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,6 +51,20 @@ def test_random_draws_follow_the_heads(two_ranks):
     two_ranks.run(check_head_offset)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_mechanisms_that_cannot_be_cut_by_heads_are_refused(two_ranks, name):
-    two_ranks.run(check_refused, name=name)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "config",
+    [
+        HyperConfig(index="lsh", residual="uniform", num_samples=3, window=6, num_sinks=1,
+                    chunk_size=8, cluster_size=2, num_probes=1, num_projections=3),
+        HyperConfig(index="kmeans", residual="value_norm", num_samples=3, window=6, num_sinks=1,
+                    chunk_size=8, cluster_size=2, num_probes=1),
+        HyperConfig.paper(num_samples=4, block_size=4, min_length=8, num_projections=3),
+    ],
+    ids=["lsh", "kmeans", "paper"],
+)  # fmt: skip
+def test_hyper_attention_draws_as_one_process(ranks, kv_heads, config):
+    ranks.run(
+        check_ulysses, name="hyper", kind="zigzag", length=43, kv_heads=kv_heads, config=config,
+        settings={"seed": 5},
+    )  # fmt: skip

@@ -89,6 +89,8 @@ class ContextGroup:
         self._store = default_store()
         self._heartbeat: Heartbeat | None = None
         if self.size > 1:
+            # NCCL wants all ranks in a group's first call, which a ring need not have.
+            dist.barrier(self.group)
             self._heartbeat = Heartbeat(
                 self._prefix, self.rank, self.size, self.timeout, exit_when_stopped
             )

@@ -180,7 +180,8 @@ def _run(
         copies = _copies(name, query.shape[1], key.shape[1], group.size)
         tensors = {label: t for label, t in settings.items() if isinstance(t, Tensor)}
         plans = {label: _plan(name, label, tensor, query, key) for label, tensor in tensors.items()}
-        extra = _extra(name, function, group, query.shape[1])
+        shared = mechanism_of_config(config).shares_draws
+        extra = _extra(name, function, group, key.shape[1], shared)
         plain = {
             label: value
             for label, value in settings.items()
@@ -239,13 +240,17 @@ def _plan(name: str, label: str, tensor: Tensor, query: Tensor, key: Tensor) -> 
 
 
 def _extra(
-    name: str, function: Callable[..., Any], group: ContextGroup, heads: int
+    name: str,
+    function: Callable[..., Any],
+    group: ContextGroup,
+    kv_heads: int,
+    shares_draws: bool = False,
 ) -> dict[str, Any]:
-    """What a mechanism that draws random numbers per head needs to draw those of its heads."""
+    """What a mechanism that draws random numbers per key head needs to draw those of its heads."""
     parameters = inspect.signature(function).parameters
     if "head_offset" in parameters:
-        return {"head_offset": group.rank * heads // group.size}
-    if "seed" in parameters and group.size > 1:
+        return {"head_offset": group.rank * kv_heads // group.size}
+    if "seed" in parameters and group.size > 1 and not shares_draws:
         raise UnsupportedError(
             f"{name}: {function.__name__} draws random numbers but takes no head_offset, so that "
             "a rank would draw those of other heads and differ from one process. Use one rank."

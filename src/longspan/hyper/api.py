@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._random import seed_of_heads
 from .._select import choose_impl
 from .._validation import Call, validate, validate_varlen
 from .._varlen import run_each_sequence
@@ -47,6 +48,7 @@ def hyper_attention(
     config: HyperConfig = HyperConfig(),
     projections: Tensor | None = None,
     seed: int = 0,
+    head_offset: int = 0,
     impl: Impl | str = "auto",
 ) -> Tensor:
     """Softmax attention in which far keys are visited only where an index finds large scores.
@@ -78,6 +80,8 @@ def hyper_attention(
         projections: (H_kv, D, config.num_projections), the hash planes of index="lsh". Default:
             drawn from `seed`.
         seed: makes `projections` and the samples; the default settings draw nothing.
+        head_offset: index of the first of these key heads among all that share the seed, for
+            ranks that hold some heads each.
         impl: "auto" picks per device and dtype, see `longspan.explain`; a named one runs or raises.
 
     Returns:
@@ -121,7 +125,8 @@ def hyper_attention(
     call = validate("hyper_attention", query, key, value, attn_mask=attn_mask,
                     dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
                     query_offset=query_offset, key_lengths=key_lengths)  # fmt: skip
-    return run_call("hyper_attention", call, config, projections, seed, impl).output
+    return run_call("hyper_attention", call, config, projections,
+                    seed_of_heads(seed, head_offset), impl).output  # fmt: skip
 
 
 def hyper_attention_with_lse(
@@ -139,13 +144,14 @@ def hyper_attention_with_lse(
     config: HyperConfig = HyperConfig(),
     projections: Tensor | None = None,
     seed: int = 0,
+    head_offset: int = 0,
     impl: Impl | str = "auto",
 ) -> AttentionOutput:
     """HyperAttention and the logarithm of its estimate of the row sums, both differentiable.
 
     Args:
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, query_offset,
-            key_lengths, config, projections, seed, impl: as in `hyper_attention`.
+            key_lengths, config, projections, seed, head_offset, impl: as in `hyper_attention`.
 
     Returns:
         AttentionOutput: output (B, H, N_q, D_v) in `query.dtype`, lse (B, H, N_q) in float32
@@ -167,7 +173,7 @@ def hyper_attention_with_lse(
     call = validate(name, query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
                     is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
                     query_offset=query_offset, key_lengths=key_lengths)  # fmt: skip
-    return run_call(name, call, config, projections, seed, impl)
+    return run_call(name, call, config, projections, seed_of_heads(seed, head_offset), impl)
 
 
 def hyper_attention_varlen(
@@ -185,6 +191,7 @@ def hyper_attention_varlen(
     config: HyperConfig = HyperConfig(),
     projections: Tensor | None = None,
     seed: int = 0,
+    head_offset: int = 0,
     impl: Impl | str = "auto",
 ) -> Tensor:
     """HyperAttention inside each of several packed sequences; each has sinks and chunks of its own.
@@ -196,7 +203,7 @@ def hyper_attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (S + 1,), int32: 0, then the running totals of the lengths.
         max_seqlen_q, max_seqlen_k: longest sequence, or any upper bound; Python ints.
         is_causal: as in `hyper_attention`, aligned at the end of each sequence.
-        scale, enable_gqa, config, projections, seed, impl: as in `hyper_attention`.
+        scale, enable_gqa, config, projections, seed, head_offset, impl: as in `hyper_attention`.
 
     Returns:
         (total_q, H, D_v) in `query.dtype`; rows without visible keys are zero.
@@ -221,7 +228,8 @@ def hyper_attention_varlen(
 
     def one(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
         dense = Call(q, k, v, None, call.is_causal, call.scale, offset)
-        return run_call(name, dense, config, projections, seed, impl).output
+        start = seed_of_heads(seed, head_offset)
+        return run_call(name, dense, config, projections, start, impl).output
 
     return run_each_sequence(name, call, one)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._random import normal
+from ..._random import first_head_of, normal
 
 __all__ = ["draw_projections", "gray_rank", "sign_codes"]
 
@@ -14,7 +14,10 @@ def draw_projections(
     seed: int, kv_heads: int, head_dim: int, count: int, device: torch.device | str
 ) -> Tensor:
     """(H_kv, D, count) float32, standard normal: one set of planes for each key/value head."""
-    return normal(seed, "hyper/projections", (kv_heads, head_dim, count), device=device)
+    seed, first_head = first_head_of(seed)
+    offset = first_head * head_dim * count
+    shape = (kv_heads, head_dim, count)
+    return normal(seed, "hyper/projections", shape, offset=offset, device=device)
 
 
 def sign_codes(x: Tensor, projections: Tensor) -> Tensor:

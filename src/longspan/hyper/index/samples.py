@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._random import uniform
+from ..._random import first_head_of, uniform
 
 __all__ = ["draw_uniforms", "sample_ranks"]
 
@@ -20,11 +20,14 @@ def draw_uniforms(
     device: torch.device,
 ) -> Tensor:
     """(heads, groups, count) in (0, 1): a pure function of seed, head, group and index."""
+    seed, first_head = first_head_of(seed)
+    if not heads:
+        return torch.zeros((0, groups, count), device=device)
+    first = first_group * count
     return torch.stack([
-        uniform(seed, stream, (groups, count), offset=(head << 40) + first_group * count,
-                device=device)
-        for head in range(heads)
-    ]) if heads else torch.zeros((0, groups, count), device=device)  # fmt: skip
+        uniform(seed, stream, (groups, count), offset=(head << 40) + first, device=device)
+        for head in range(first_head, first_head + heads)
+    ])  # fmt: skip
 
 
 def sample_ranks(
