@@ -47,7 +47,7 @@ def shown_as(row: dict) -> str | None:
         impl = str(row["impl"]).lower()
         return {"fa2": "exact-fa2", "flash": "exact-fa2", "cudnn": "exact-cudnn"}.get(impl)
     if row["mechanism"] == "stick_breaking":
-        full = row.get("regime") == "alive" and "early_stop" not in str(row["config"])
+        full = row.get("regime") == "alive" and not row.get("early_stop")
         return "stick_breaking" if full and row["kv_heads"] == row["heads"] else None
     if row["mechanism"] == "window" and row["impl"] == "triton":
         return "window" if "1024" in str(row["config"]) else None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import longspan
 from longspan import ExactConfig, exact_attention, exact_attention_varlen, exact_attention_with_lse
+from longspan.exact.api import _DenseGradient
 from longspan.exact.impl.plan import plan, split_square
 from longspan.testing import assert_within_budget, in_float64, make_qkv, softmax_oracle
 
@@ -297,3 +298,16 @@ def test_inconsistent_cu_seqlens_raise():
     cu = torch.tensor([0, 4, 6], dtype=torch.int32)
     with pytest.raises(longspan.ShapeError, match="max_seqlen_q is 3"):
         exact_attention_varlen(q, q, q, cu, cu, 3, 6)
+
+
+def test_gradient_for_torchs_kernel_is_dense():
+    """A slice as upstream gradient reaches the kernel as a copy with the same values."""
+    seen = []
+    leaf = torch.zeros(1, 2, 4, 3, requires_grad=True)
+    inner = leaf * 1.0
+    inner.register_hook(lambda grad: seen.append(grad))
+    upstream = torch.randn(1, 2, 9, 3)[:, :, :4]
+    assert not upstream.is_contiguous()
+    _DenseGradient.apply(inner).backward(upstream)
+    assert seen[0].is_contiguous()
+    assert torch.equal(leaf.grad, upstream)

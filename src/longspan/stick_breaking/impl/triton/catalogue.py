@@ -23,8 +23,8 @@ __all__ = ["KNOWN_SPILLS", "cases"]
 #: Bytes a thread may spill, by the second part of the name; every other kernel must not spill.
 #: The dkv kernel holds dk, dv and two tiles of 64 columns in 255 registers; what it spills are
 #: scalars around the diagonal loop. A version without spills (that loop not pipelined) was slower.
-#: The forward at 64 columns is capped at 128 registers so that four blocks share a multiprocessor:
-#: 3.12 ms against 3.70 without the cap (see benchmarks/notes/stick-breaking.md).
+#: The forward at 64 columns is capped at 128 registers so that four blocks share a multiprocessor.
+#: It gains little with 64 rows: 3.11 ms against 3.16 (see benchmarks/notes/stick-breaking.md).
 KNOWN_SPILLS = {"dkv": 448, "forward": 8}
 
 _FLAGS = (
