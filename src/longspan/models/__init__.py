@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .generation import generate
     from .loader import LoadedModel, load
     from .registry import MODELS, ModelInfo, ModelRow, cache_folder, list_models
+    from .shipped import shipped_models
     from .transformer import Transformer, TransformerOutput, TransformerState, next_token_loss
     from .transformer_config import TransformerConfig
 
@@ -32,6 +33,7 @@ _LAZY = {
     "list_models": "registry",
     "load": "loader",
     "next_token_loss": "transformer",
+    "shipped_models": "shipped",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "list_models",
     "load",
     "next_token_loss",
+    "shipped_models",
 ]
 
 
