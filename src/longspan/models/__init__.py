@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .generation import generate
     from .loader import LoadedModel, load
     from .registry import MODELS, ModelInfo, ModelRow, cache_folder, list_models
+    from .shipped import shipped_models
     from .stream import StreamReport, TextStream, TransformerStream
     from .text_source import TextSource
     from .transformer import Transformer, TransformerOutput, TransformerState, next_token_loss
@@ -38,6 +39,7 @@ _LAZY = {
     "list_models": "registry",
     "load": "loader",
     "next_token_loss": "transformer",
+    "shipped_models": "shipped",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "list_models",
     "load",
     "next_token_loss",
+    "shipped_models",
 ]
 
 
