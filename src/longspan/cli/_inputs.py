@@ -117,7 +117,7 @@ def load_inputs(
 
     document = load_text(text)
     where = check_device(device)
-    loaded = _load_model(model, where, check_dtype(dtype, where))
+    loaded = load_model(model, where, check_dtype(dtype, where))
     try:
         tokens = take_tokens(document, loaded.tokenizer, num_tokens)
     except ConfigError as error:
@@ -144,7 +144,7 @@ def load_inputs(
     return Inputs(tokenizer=loaded.tokenizer, text=document.text, subject=subject)
 
 
-def _load_model(name: str, device: Any, dtype: Any) -> Any:
+def load_model(name: str, device: Any, dtype: Any) -> Any:
     """Load with a spinner, and a bar with time left while something is downloaded."""
     from ..models import load
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .loader import LoadedModel, load
     from .registry import MODELS, ModelInfo, ModelRow, cache_folder, list_models
     from .shipped import shipped_models
+    from .stream import StreamReport, TextStream, TransformerStream
+    from .text_source import TextSource
     from .transformer import Transformer, TransformerOutput, TransformerState, next_token_loss
     from .transformer_config import TransformerConfig
 
@@ -23,10 +25,14 @@ _LAZY = {
     "MODELS": "registry",
     "ModelInfo": "registry",
     "ModelRow": "registry",
+    "StreamReport": "stream",
+    "TextSource": "text_source",
+    "TextStream": "stream",
     "Transformer": "transformer",
     "TransformerConfig": "transformer_config",
     "TransformerOutput": "transformer",
     "TransformerState": "transformer",
+    "TransformerStream": "stream",
     "cache_folder": "registry",
     "fetch": "download",
     "generate": "generation",
@@ -42,10 +48,14 @@ __all__ = [
     "LoadedModel",
     "ModelInfo",
     "ModelRow",
+    "StreamReport",
+    "TextSource",
+    "TextStream",
     "Transformer",
     "TransformerConfig",
     "TransformerOutput",
     "TransformerState",
+    "TransformerStream",
     "cache_folder",
     "fetch",
     "generate",
