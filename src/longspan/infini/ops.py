@@ -146,7 +146,8 @@ def infini_mix_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, local, memory, normaliser and gate."""
     _prepare()
-    from .impl.triton.mix import Layout, mix_backward
+    from .impl.triton.mix import Layout
+    from .impl.triton.mix_bwd import mix_backward
 
     layout = Layout(length, lag, query_offset, n_k, local_first)
     return mix_backward(grad, query, local, memory, normaliser, gate, written, key_lengths, layout)

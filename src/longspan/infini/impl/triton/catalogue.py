@@ -9,23 +9,17 @@ import torch
 
 from ...._triton.aot import AotCase
 from ...._triton.launch import KernelConfig
-from .configs import (
-    TILES,
-    memory_bwd_config,
-    mix_bwd_config,
-    mix_config,
-    sums_bwd_config,
-    sums_config,
-)
+from .configs import mix_bwd_config, mix_config, sums_bwd_config, sums_config
 from .decode import _BLOCK_N, _SPLIT, _infini_decode_kernel, _infini_join_kernel
-from .mix import _infini_memory_bwd_kernel, _infini_mix_bwd_kernel, _infini_mix_kernel
+from .mix import _infini_mix_kernel
+from .mix_bwd import _infini_mix_bwd_kernel
 from .scan import _BLOCK, _infini_scan_kernel
 from .sums import _infini_sums_bwd_kernel, _infini_sums_kernel
-from .tiles import block_dim
+from .tiles import block_dim, rows_apart
 
 __all__ = ["KNOWN_SPILLS", "cases"]
 
-KNOWN_SPILLS = {"sums": 88, "mix": 48}  # bytes a thread; the reason is in configs.py
+KNOWN_SPILLS: dict[str, int] = {}  # bytes a thread
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _SINGLE = ("m_ptr", "z_ptr", "dm_ptr", "dz_ptr", "gate_ptr", "dgate_ptr", "x_ptr", "share_ptr", "part_ptr", "top_ptr", "sum_ptr",
@@ -63,17 +57,19 @@ def _cases(dim: int, dtype: torch.dtype, major: int) -> Iterator[AotCase]:
         ("sums_bwd", _infini_sums_bwd_kernel, sums_bwd_config),
         ("mix", _infini_mix_kernel, mix_config),
         ("mix_bwd", _infini_mix_bwd_kernel, mix_bwd_config),
-        ("memory_bwd", _infini_memory_bwd_kernel, memory_bwd_config),
     ):
-        where = (major,) if name in ("sums", "mix") else ()
-        yield _case(f"infini/{name}/{label}", kernel, config(dim, dim, dtype, *where), dtype, dim)
+        sizes = config(dim, dim, dtype, major)
+        yield _case(f"infini/{name}/{label}", kernel, sizes, dtype, dim)
 
 
 def _case(name: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: int) -> AotCase:
+    tile = sizes.block_m if "mix" in name else sizes.block_n or sizes.block_m
     known: dict[str, Any] = {
         "lengths_ptr": None, "GROUP": 4, "ROWS": 16, "SPLIT": _SPLIT, "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(dim), "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n,
-        "TILES": TILES, "HAS_LENGTHS": False, "LOCAL_FIRST": True,
+        "TILES": sizes.block_n if "mix" in name else sizes.block_m,
+        "APART": rows_apart(tile, block_dim(dim), sizes.num_warps),
+        "MORE_K": True, "MORE_V": True, "HAS_LENGTHS": False, "LOCAL_FIRST": True,
         "HALF": True, "LOW_V": False, "UPCAST": False,
     }  # fmt: skip
     constexprs = {n: known[n] for n in kernel.arg_names if n in known}
@@ -88,7 +84,6 @@ def _case(name: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: 
     if "written_ptr" in signature:
         signature["written_ptr"] = "*i64"
     options = sizes.options()
-    tile = sizes.block_m or sizes.block_n
     return AotCase(
         name=f"{name}/{tile}/w{sizes.num_warps}s{sizes.num_stages}",
         kernel=kernel,

@@ -1,0 +1,201 @@
+"""Backward of the read and the mix, in one pass over the rows.
+
+With dA = g dO, U = dA / den and w = -(U . read): dsigma(q) = U M^T + w z^T, dM = sigma(q)^T U,
+dz = sigma(q)^T w, dlocal = (1 - g) dO, dgate = g (1 - g) sum dO . (read - local). The read is
+computed again.
+
+One program takes the rows of a segment (or of a part of it, where there are few segments) for all
+query heads of a key head, and keeps dM and dz of them: gradient, query and local output are read
+once, and no sum depends on the order in which programs run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...._triton.launch import KernelConfig, pick
+from .configs import major_of, mix_bwd_config
+from .mix import Layout, constants_of, place_of, segments_of
+from .tiles import (
+    block_dim,
+    dot_halves,
+    full_grid,
+    halves,
+    kernel_input,
+    load_rows,
+    phi,
+    rounded,
+    rows_apart,
+    store_rows,
+    sum_rows,
+)
+
+__all__ = ["mix_backward"]
+
+_PROGRAMS = 128  # fewer, and segments are cut into parts
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "query_offset", "first", "segments", "last", "parts",
+                               "span"])  # fmt: skip
+def _infini_mix_bwd_kernel(
+    q_ptr, local_ptr, m_ptr, z_ptr, gate_ptr, written_ptr, lengths_ptr, do_ptr,
+    dq_ptr, dlocal_ptr, dm_ptr, dz_ptr, dgate_ptr,
+    stride_qb, stride_qh, stride_qn, stride_lb, stride_lh, stride_ln,
+    stride_ob, stride_oh, stride_on,
+    heads, kv_heads, n_q, n_k, query_offset, first, segments, last, length, lag, parts, span,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, APART: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, LOCAL_FIRST: tl.constexpr, HALF: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """All gradients of `span` rows of a segment, over the query heads of one key head."""
+    part = tl.program_id(0) % parts
+    rest = tl.program_id(0) // parts
+    segment = first + (rest % segments).to(tl.int64)
+    b = (rest // segments // kv_heads).to(tl.int64)
+    kv = (rest // segments % kv_heads).to(tl.int64)
+    start = segment * length - query_offset
+    low = tl.maximum(start + part * span, 0)
+    high = tl.minimum(start + tl.minimum((part + 1) * span, length), n_q)
+    cols_d, cols_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    slot = (b * kv_heads + kv) * (last + 1) + tl.minimum(tl.maximum(segment - lag, 0), last)
+    m = load_rows(m_ptr + slot * DIM * VALUE_DIM, VALUE_DIM, cols_d, cols_d < DIM, cols_v,
+                  VALUE_DIM, False)  # fmt: skip
+    m_high, m_low = halves(m, HALF)
+    z = tl.load(z_ptr + slot * DIM + cols_d, mask=cols_d < DIM, other=0.0)
+    dm = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
+    dz = tl.zeros([APART, BLOCK_D], tl.float32)
+    for j in range(0, GROUP):
+        h = kv * GROUP + j
+        _, g = place_of(segment, b, h, kv_heads, last, written_ptr, lengths_ptr, gate_ptr, n_k,
+                        length, lag, GROUP, HAS_LENGTHS, LOCAL_FIRST)  # fmt: skip
+        q_rows = q_ptr + b * stride_qb + h * stride_qh
+        near_rows = local_ptr + b * stride_lb + h * stride_lh
+        do_rows = do_ptr + b * stride_ob + h * stride_oh
+        out = (b * heads + h) * n_q
+        dgate = tl.zeros([BLOCK_M], tl.float32)
+        for begin in range(low, high, BLOCK_M):
+            rows = begin + tl.arange(0, BLOCK_M)
+            inside = rows < high
+            q = load_rows(q_rows, stride_qn, rows, inside, cols_d, DIM, UPCAST)
+            do = load_rows(do_rows, stride_on, rows, inside, cols_v, VALUE_DIM, UPCAST)
+            near = load_rows(near_rows, stride_ln, rows, inside, cols_v, VALUE_DIM, UPCAST)
+            do = do.to(tl.float32)
+            store_rows(dlocal_ptr + out * VALUE_DIM, VALUE_DIM, rows, inside, cols_v,
+                       (1.0 - g) * do, VALUE_DIM)  # fmt: skip
+            f = rounded(phi(q, inside, cols_d, DIM), HALF)
+            den = tl.sum(f * z[None, :], 1)
+            inverse = tl.where(den > 0, 1.0 / tl.where(den > 0, den, 1.0), 0.0)
+            # w from the same u as the products: their errors cancel as they do
+            u = rounded(do * (g * inverse)[:, None], HALF)
+            f_high, f_low = halves(f, HALF)
+            u_high, u_low = halves(u, HALF)
+            read = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+            read = dot_halves(f_high, f_low, m_high, m_low, read, HALF, False, True)
+            df = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            df = dot_halves(u_high, u_low, tl.trans(m_high), tl.trans(m_low), df, HALF, False,
+                            True)  # fmt: skip
+            dm = dot_halves(tl.trans(f_high), tl.trans(f_low), u_high, u_low, dm, HALF, False,
+                            False)  # fmt: skip
+            read = read * inverse[:, None]
+            dgate += tl.sum(do * (read - near.to(tl.float32)), 1)
+            w = -tl.sum(u * read, 1)
+            dz += sum_rows(f * w[:, None], APART)
+            dq = (df + w[:, None] * z[None, :]) * tl.minimum(f, 1.0)  # f > 1 only where q > 0
+            store_rows(dq_ptr + out * DIM, DIM, rows, inside, cols_d, dq, DIM)
+        at = ((b * heads + h) * segments + segment - first) * parts + part
+        tl.store(dgate_ptr + at, tl.sum(dgate, 0))
+    at = ((b * kv_heads + kv) * segments + segment - first) * parts + part
+    store_rows(dm_ptr + at * DIM * VALUE_DIM, VALUE_DIM, cols_d, cols_d < DIM, cols_v, dm,
+               VALUE_DIM)  # fmt: skip
+    tl.store(dz_ptr + at * DIM + cols_d, tl.sum(dz, 0), mask=cols_d < DIM)
+
+
+def mix_backward(
+    grad: Tensor, query: Tensor, local: Tensor, memory: Tensor, normaliser: Tensor, gate: Tensor,
+    written: Tensor, key_lengths: Tensor | None, layout: Layout,
+    kernel: KernelConfig | None = None, parts: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, local, memory, normaliser and gate."""
+    grad, query, local = kernel_input(grad), kernel_input(query), kernel_input(local)
+    batch, heads, n_q, dim = query.shape
+    kv_heads, slots, value_dim = memory.shape[1], memory.shape[2], local.shape[-1]
+    dq, dlocal = query.new_empty(query.shape), local.new_empty(local.shape)
+    first, segments = segments_of(layout, n_q)
+    blank = max(0, -layout.query_offset)
+    dq[:, :, :blank], dlocal[:, :, :blank] = 0, 0
+    if local.numel() == 0 or segments == 0:
+        nothing, no_total, no_gate = (torch.zeros_like(t) for t in (memory, normaliser, gate))
+        return dq, dlocal, nothing, no_total, no_gate
+    sizes = kernel or pick([mix_bwd_config(dim, value_dim, query.dtype, major_of(query.device))])
+    if parts is None:
+        parts = _parts(batch * kv_heads * segments, layout.length, sizes.block_m)
+    span = triton.cdiv(triton.cdiv(layout.length, parts), sizes.block_m) * sizes.block_m
+    dm = memory.new_empty((batch, kv_heads, segments, parts, dim, value_dim))
+    dz = memory.new_empty((batch, kv_heads, segments, parts, dim))
+    dgate = memory.new_empty((batch, heads, segments, parts))
+    _infini_mix_bwd_kernel[full_grid(parts * segments * batch * kv_heads)](
+        query, local, memory.contiguous(), normaliser.contiguous(), gate, written, key_lengths,
+        grad, dq, dlocal, dm, dz, dgate, *query.stride()[:3], *local.stride()[:3],
+        *grad.stride()[:3], heads, kv_heads, n_q, layout.n_k, layout.query_offset, first, segments,
+        slots - 1, layout.length, layout.lag, parts, span,
+        APART=rows_apart(sizes.block_m, block_dim(dim), sizes.num_warps),
+        **constants_of(query, local, memory, key_lengths, layout, sizes), **sizes.options(),
+    )  # fmt: skip
+    seen = _has_gate(layout, first, segments, written, key_lengths)  # (B, S)
+    open_ = torch.sigmoid(gate)
+    summed = (dgate.sum(3) * seen[:, None]).sum((0, 2)) * open_ * (1 - open_)
+    dm, dz = (t.squeeze(3) if parts == 1 else t.sum(3) for t in (dm, dz))
+    return (
+        dq,
+        dlocal,
+        _to_slots(dm, layout, first, slots),
+        _to_slots(dz, layout, first, slots),
+        summed,
+    )
+
+
+def _parts(programs: int, length: int, rows: int) -> int:
+    """Parts of a segment: powers of two, enough to occupy a device, of at least four tiles."""
+    parts = 1
+    while parts * programs < _PROGRAMS and 2 * parts * 4 * rows <= length:
+        parts *= 2
+    return parts
+
+
+def _has_gate(
+    layout: Layout, first: int, segments: int, written: Tensor, key_lengths: Tensor | None
+) -> Tensor:
+    """(B, segments) float32: 1 where the rows of a segment take the gate."""
+    index = torch.arange(first, first + segments, device=written.device)
+    if not layout.local_first:
+        return torch.ones(1, segments, device=written.device)
+    held = ((index - layout.lag).clamp(min=0) * layout.length).clamp(max=layout.n_k)[None]
+    if key_lengths is not None:
+        held = torch.minimum(held, key_lengths[:, None])
+    return ((held + written[:, None]) > 0).float()
+
+
+def _to_slots(grads: Tensor, layout: Layout, first: int, slots: int) -> Tensor:
+    """Gradients per segment to gradients per state; several segments may read the first or last."""
+    segments = grads.shape[2]
+    start = first - layout.lag  # state read by segment 0 of these, before clamping
+    if start >= 0 and start + segments <= slots:
+        if start == 0 and segments == slots:
+            return grads
+        made = grads.new_zeros((*grads.shape[:2], slots, *grads.shape[3:]))
+        made[:, :, start : start + segments] = grads
+        return made
+    made = grads.new_zeros((*grads.shape[:2], slots, *grads.shape[3:]))
+    low = min(max(1 - start, 0), segments)  # these read state 0
+    if low:
+        made[:, :, 0] += grads[:, :, :low].sum(2)
+    high = max(min(slots - start, segments), low)
+    middle = slice(start + low, start + high)
+    made[:, :, middle] += grads[:, :, low:high]
+    if high < segments:
+        made[:, :, -1] += grads[:, :, high:].sum(2)
+    return made
