@@ -9,10 +9,16 @@ import torch
 
 from ...._triton.aot import AotCase
 from ...._triton.launch import KernelConfig
-from .configs import mix_bwd_config, mix_config, sums_bwd_config, sums_config
+from .configs import (
+    memory_bwd_config,
+    mix_bwd_config,
+    mix_config,
+    sums_bwd_config,
+    sums_config,
+)
 from .decode import _BLOCK_N, _SPLIT, _infini_decode_kernel, _infini_join_kernel
 from .mix import _infini_mix_kernel
-from .mix_bwd import _infini_mix_bwd_kernel
+from .mix_bwd import _infini_memory_bwd_kernel, _infini_mix_bwd_kernel
 from .scan import _BLOCK, _infini_scan_kernel
 from .sums import _infini_sums_bwd_kernel, _infini_sums_kernel
 from .tiles import block_dim, rows_apart
@@ -57,13 +63,14 @@ def _cases(dim: int, dtype: torch.dtype, major: int) -> Iterator[AotCase]:
         ("sums_bwd", _infini_sums_bwd_kernel, sums_bwd_config),
         ("mix", _infini_mix_kernel, mix_config),
         ("mix_bwd", _infini_mix_bwd_kernel, mix_bwd_config),
+        ("memory_bwd", _infini_memory_bwd_kernel, memory_bwd_config),
     ):
         sizes = config(dim, dim, dtype, major)
         yield _case(f"infini/{name}/{label}", kernel, sizes, dtype, dim)
 
 
 def _case(name: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: int) -> AotCase:
-    tile = sizes.block_m if "mix" in name else sizes.block_n or sizes.block_m
+    tile = sizes.block_n if "/sums" in name else sizes.block_m
     known: dict[str, Any] = {
         "lengths_ptr": None, "GROUP": 4, "ROWS": 16, "SPLIT": _SPLIT, "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(dim), "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n,

@@ -10,19 +10,28 @@ import torch
 
 from ...._triton.launch import KernelConfig, capability
 
-__all__ = ["major_of", "mix_bwd_config", "mix_config", "sums_bwd_config", "sums_config"]
+__all__ = [
+    "major_of",
+    "memory_bwd_config",
+    "mix_bwd_config",
+    "mix_config",
+    "sums_bwd_config",
+    "sums_config",
+]
 
 # [head dims up to 64, head dims up to 128]
 _SUMS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 2))
 _SUMS_BWD = (KernelConfig(8, 64, 4, 2), KernelConfig(8, 32, 8, 1))
 _MIX = (KernelConfig(64, 4, 4, 2), KernelConfig(64, 4, 8, 2))
-_MIX_BWD = (KernelConfig(64, 0, 4, 2), KernelConfig(32, 0, 8, 1))
+_MIX_BWD = (KernelConfig(64, 4, 4, 1), KernelConfig(32, 8, 8, 1))
+_MEMORY_BWD = (KernelConfig(64, 0, 4, 2), KernelConfig(64, 0, 8, 2))
 
 # Hopper
 _HOPPER_SUMS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 64, 8, 3))
 _HOPPER_SUMS_BWD = (KernelConfig(8, 64, 4, 2), KernelConfig(8, 64, 8, 2))
 _HOPPER_MIX = (KernelConfig(64, 4, 4, 2), KernelConfig(128, 4, 8, 2))
-_HOPPER_MIX_BWD = (KernelConfig(64, 0, 4, 2), KernelConfig(64, 0, 8, 2))
+_HOPPER_MIX_BWD = (KernelConfig(64, 4, 4, 1), KernelConfig(128, 4, 8, 1))
+_HOPPER_MEMORY_BWD = (KernelConfig(64, 0, 4, 2), KernelConfig(64, 0, 8, 3))
 
 
 def major_of(device: torch.device) -> int:
@@ -46,5 +55,10 @@ def mix_config(dim: int, value_dim: int, dtype: torch.dtype, major: int = 9) -> 
 
 
 def mix_bwd_config(dim: int, value_dim: int, dtype: torch.dtype, major: int = 9) -> KernelConfig:
-    """block_m: rows of a step."""
+    """block_m: rows of a tile; block_n: tiles of a program."""
     return (_HOPPER_MIX_BWD if major >= 9 else _MIX_BWD)[max(dim, value_dim) > 64]
+
+
+def memory_bwd_config(dim: int, value_dim: int, dtype: torch.dtype, major: int = 9) -> KernelConfig:
+    """block_m: rows of a step."""
+    return (_HOPPER_MEMORY_BWD if major >= 9 else _MEMORY_BWD)[max(dim, value_dim) > 64]

@@ -1,12 +1,11 @@
-"""Backward of the read and the mix, in one pass over the rows.
+"""Backward of the read and the mix: one pass for the rows, one for the memory.
 
 With dA = g dO, U = dA / den and w = -(U . read): dsigma(q) = U M^T + w z^T, dM = sigma(q)^T U,
 dz = sigma(q)^T w, dlocal = (1 - g) dO, dgate = g (1 - g) sum dO . (read - local). The read is
-computed again.
+computed again. The passes are apart because dM, the read and dsigma(q) do not fit the registers
+together: apart they read query and gradient twice and are faster.
 
-One program takes the rows of a segment (or of a part of it, where there are few segments) for all
-query heads of a key head, and keeps dM and dz of them: gradient, query and local output are read
-once, and no sum depends on the order in which programs run.
+Deterministic: one program owns dM of a segment, or of a part of it where segments are few.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import KernelConfig, pick
-from .configs import major_of, mix_bwd_config
+from .configs import major_of, memory_bwd_config, mix_bwd_config
 from .mix import Layout, constants_of, place_of, segments_of
 from .tiles import (
     block_dim,
     dot_halves,
     full_grid,
     halves,
+    high_half,
     kernel_input,
     load_rows,
     phi,
-    rounded,
     rows_apart,
     store_rows,
     sum_rows,
@@ -38,77 +37,106 @@ __all__ = ["mix_backward"]
 _PROGRAMS = 128  # fewer, and segments are cut into parts
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "query_offset", "first", "segments", "last", "parts",
-                               "span"])  # fmt: skip
+@triton.jit(do_not_specialize=["n_q", "n_k", "query_offset", "first", "segments", "last"])
 def _infini_mix_bwd_kernel(
     q_ptr, local_ptr, m_ptr, z_ptr, gate_ptr, written_ptr, lengths_ptr, do_ptr,
-    dq_ptr, dlocal_ptr, dm_ptr, dz_ptr, dgate_ptr,
+    dq_ptr, dlocal_ptr, share_ptr, w_ptr, dgate_ptr,
     stride_qb, stride_qh, stride_qn, stride_lb, stride_lh, stride_ln,
     stride_ob, stride_oh, stride_on,
-    heads, kv_heads, n_q, n_k, query_offset, first, segments, last, length, lag, parts, span,
+    heads, kv_heads, n_q, n_k, query_offset, first, segments, last, length, lag,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, APART: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, LOCAL_FIRST: tl.constexpr, HALF: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of `span` rows of a segment, over the query heads of one key head."""
-    part = tl.program_id(0) % parts
-    rest = tl.program_id(0) // parts
+    """Gradients of the rows, and g / den and w of each row for the gradient of the memory."""
+    runs = tl.cdiv(length, BLOCK_M * TILES)
+    run = tl.program_id(0) % runs
+    rest = tl.program_id(0) // runs
     segment = first + (rest % segments).to(tl.int64)
-    b = (rest // segments // kv_heads).to(tl.int64)
-    kv = (rest // segments % kv_heads).to(tl.int64)
+    b = (rest // segments // heads).to(tl.int64)
+    h = (rest // segments % heads).to(tl.int64)
     start = segment * length - query_offset
-    low = tl.maximum(start + part * span, 0)
-    high = tl.minimum(start + tl.minimum((part + 1) * span, length), n_q)
+    begin = tl.maximum(start + run * BLOCK_M * TILES, 0)
+    stop = tl.minimum(start + tl.minimum((run + 1) * BLOCK_M * TILES, length), n_q)
+    slot, g = place_of(segment, b, h, kv_heads, last, written_ptr, lengths_ptr, gate_ptr, n_k,
+                       length, lag, GROUP, HAS_LENGTHS, LOCAL_FIRST)  # fmt: skip
     cols_d, cols_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    slot = (b * kv_heads + kv) * (last + 1) + tl.minimum(tl.maximum(segment - lag, 0), last)
     m = load_rows(m_ptr + slot * DIM * VALUE_DIM, VALUE_DIM, cols_d, cols_d < DIM, cols_v,
                   VALUE_DIM, False)  # fmt: skip
     m_high, m_low = halves(m, HALF)
     z = tl.load(z_ptr + slot * DIM + cols_d, mask=cols_d < DIM, other=0.0)
+    q_ptr += b * stride_qb + h * stride_qh
+    local_ptr += b * stride_lb + h * stride_lh
+    do_ptr += b * stride_ob + h * stride_oh
+    out = (b * heads + h) * n_q
+    dgate = tl.zeros([BLOCK_M], tl.float32)
+    for top in range(begin, stop, BLOCK_M):
+        rows = top + tl.arange(0, BLOCK_M)
+        inside = rows < stop
+        q = load_rows(q_ptr, stride_qn, rows, inside, cols_d, DIM, UPCAST)
+        do = load_rows(do_ptr, stride_on, rows, inside, cols_v, VALUE_DIM, UPCAST)
+        near = load_rows(local_ptr, stride_ln, rows, inside, cols_v, VALUE_DIM, UPCAST)
+        store_rows(dlocal_ptr + out * VALUE_DIM, VALUE_DIM, rows, inside, cols_v,
+                   (1.0 - g) * do.to(tl.float32), VALUE_DIM)  # fmt: skip
+        f = high_half(phi(q, inside, cols_d, DIM), HALF)
+        den = tl.sum(f.to(tl.float32) * z[None, :], 1)
+        inverse = tl.where(den > 0, 1.0 / tl.where(den > 0, den, 1.0), 0.0)
+        # w from the same u as the products: their errors cancel as they do
+        u = high_half(do.to(tl.float32) * (g * inverse)[:, None], HALF)
+        read = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        read = dot_halves(f, f, m_high, m_low, read, HALF, False, True) * inverse[:, None]
+        w = -tl.sum(u.to(tl.float32) * read, 1)
+        dgate += tl.sum(do.to(tl.float32) * (read - near.to(tl.float32)), 1)
+        df = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        df = dot_halves(u, u, tl.trans(m_high), tl.trans(m_low), df, HALF, False, True)
+        df += w[:, None] * z[None, :]
+        dq = df * tl.minimum(f.to(tl.float32), 1.0)  # f > 1 only where q > 0
+        store_rows(dq_ptr + out * DIM, DIM, rows, inside, cols_d, dq, DIM)
+        tl.store(share_ptr + out + rows, g * inverse, mask=inside)
+        tl.store(w_ptr + out + rows, w, mask=inside)
+    tl.store(dgate_ptr + ((b * heads + h) * segments + segment - first) * runs + run,
+             tl.sum(dgate, 0))  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_q", "query_offset", "first", "segments", "parts", "span"])
+def _infini_memory_bwd_kernel(
+    q_ptr, do_ptr, share_ptr, w_ptr, dm_ptr, dz_ptr,
+    stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
+    heads, kv_heads, n_q, query_offset, first, segments, length, parts, span,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, APART: tl.constexpr, HALF: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dM = sigma(Q)^T U, dz = sigma(Q)^T w of `span` rows of a segment, over a key head's group."""
+    part = tl.program_id(0) % parts
+    rest = tl.program_id(0) // parts
+    index = (rest % segments).to(tl.int64)
+    b = (rest // segments // kv_heads).to(tl.int64)
+    kv = (rest // segments % kv_heads).to(tl.int64)
+    start = (first + index) * length - query_offset
+    low = tl.maximum(start + part * span, 0)
+    high = tl.minimum(start + tl.minimum((part + 1) * span, length), n_q)
+    cols_d, cols_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     dm = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
     dz = tl.zeros([APART, BLOCK_D], tl.float32)
     for j in range(0, GROUP):
         h = kv * GROUP + j
-        _, g = place_of(segment, b, h, kv_heads, last, written_ptr, lengths_ptr, gate_ptr, n_k,
-                        length, lag, GROUP, HAS_LENGTHS, LOCAL_FIRST)  # fmt: skip
-        q_rows = q_ptr + b * stride_qb + h * stride_qh
-        near_rows = local_ptr + b * stride_lb + h * stride_lh
-        do_rows = do_ptr + b * stride_ob + h * stride_oh
         out = (b * heads + h) * n_q
-        dgate = tl.zeros([BLOCK_M], tl.float32)
+        q_rows = q_ptr + b * stride_qb + h * stride_qh
+        do_rows = do_ptr + b * stride_ob + h * stride_oh
         for begin in range(low, high, BLOCK_M):
             rows = begin + tl.arange(0, BLOCK_M)
             inside = rows < high
             q = load_rows(q_rows, stride_qn, rows, inside, cols_d, DIM, UPCAST)
             do = load_rows(do_rows, stride_on, rows, inside, cols_v, VALUE_DIM, UPCAST)
-            near = load_rows(near_rows, stride_ln, rows, inside, cols_v, VALUE_DIM, UPCAST)
-            do = do.to(tl.float32)
-            store_rows(dlocal_ptr + out * VALUE_DIM, VALUE_DIM, rows, inside, cols_v,
-                       (1.0 - g) * do, VALUE_DIM)  # fmt: skip
-            f = rounded(phi(q, inside, cols_d, DIM), HALF)
-            den = tl.sum(f * z[None, :], 1)
-            inverse = tl.where(den > 0, 1.0 / tl.where(den > 0, den, 1.0), 0.0)
-            # w from the same u as the products: their errors cancel as they do
-            u = rounded(do * (g * inverse)[:, None], HALF)
-            f_high, f_low = halves(f, HALF)
-            u_high, u_low = halves(u, HALF)
-            read = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-            read = dot_halves(f_high, f_low, m_high, m_low, read, HALF, False, True)
-            df = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            df = dot_halves(u_high, u_low, tl.trans(m_high), tl.trans(m_low), df, HALF, False,
-                            True)  # fmt: skip
-            dm = dot_halves(tl.trans(f_high), tl.trans(f_low), u_high, u_low, dm, HALF, False,
-                            False)  # fmt: skip
-            read = read * inverse[:, None]
-            dgate += tl.sum(do * (read - near.to(tl.float32)), 1)
-            w = -tl.sum(u * read, 1)
-            dz += sum_rows(f * w[:, None], APART)
-            dq = (df + w[:, None] * z[None, :]) * tl.minimum(f, 1.0)  # f > 1 only where q > 0
-            store_rows(dq_ptr + out * DIM, DIM, rows, inside, cols_d, dq, DIM)
-        at = ((b * heads + h) * segments + segment - first) * parts + part
-        tl.store(dgate_ptr + at, tl.sum(dgate, 0))
-    at = ((b * kv_heads + kv) * segments + segment - first) * parts + part
+            share = tl.load(share_ptr + out + rows, mask=inside, other=0.0)
+            w = tl.load(w_ptr + out + rows, mask=inside, other=0.0)
+            f = high_half(phi(q, inside, cols_d, DIM), HALF)
+            u = high_half(do.to(tl.float32) * share[:, None], HALF)
+            dm = dot_halves(tl.trans(f), tl.trans(f), u, u, dm, HALF, False, False)
+            dz += sum_rows(f.to(tl.float32) * w[:, None], APART)
+    at = ((b * kv_heads + kv) * segments + index) * parts + part
     store_rows(dm_ptr + at * DIM * VALUE_DIM, VALUE_DIM, cols_d, cols_d < DIM, cols_v, dm,
                VALUE_DIM)  # fmt: skip
     tl.store(dz_ptr + at * DIM + cols_d, tl.sum(dz, 0), mask=cols_d < DIM)
@@ -117,7 +145,8 @@ def _infini_mix_bwd_kernel(
 def mix_backward(
     grad: Tensor, query: Tensor, local: Tensor, memory: Tensor, normaliser: Tensor, gate: Tensor,
     written: Tensor, key_lengths: Tensor | None, layout: Layout,
-    kernel: KernelConfig | None = None, parts: int | None = None,
+    kernel: KernelConfig | None = None, memory_kernel: KernelConfig | None = None,
+    parts: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, local, memory, normaliser and gate."""
     grad, query, local = kernel_input(grad), kernel_input(query), kernel_input(local)
@@ -130,20 +159,31 @@ def mix_backward(
     if local.numel() == 0 or segments == 0:
         nothing, no_total, no_gate = (torch.zeros_like(t) for t in (memory, normaliser, gate))
         return dq, dlocal, nothing, no_total, no_gate
-    sizes = kernel or pick([mix_bwd_config(dim, value_dim, query.dtype, major_of(query.device))])
+    major = major_of(query.device)
+    sizes = kernel or pick([mix_bwd_config(dim, value_dim, query.dtype, major)])
+    runs = triton.cdiv(layout.length, sizes.block_m * sizes.block_n)
+    dgate = memory.new_empty((batch, heads, segments, runs))
+    share, w = (memory.new_empty((batch, heads, n_q)) for _ in range(2))
+    constants = constants_of(query, local, memory, key_lengths, layout, sizes)
+    _infini_mix_bwd_kernel[full_grid(runs * segments * batch * heads)](
+        query, local, memory.contiguous(), normaliser.contiguous(), gate, written, key_lengths,
+        grad, dq, dlocal, share, w, dgate, *query.stride()[:3], *local.stride()[:3],
+        *grad.stride()[:3], heads, kv_heads, n_q, layout.n_k, layout.query_offset, first, segments,
+        slots - 1, layout.length, layout.lag, TILES=sizes.block_n, **constants, **sizes.options(),
+    )  # fmt: skip
+    sizes = memory_kernel or pick([memory_bwd_config(dim, value_dim, query.dtype, major)])
     if parts is None:
         parts = _parts(batch * kv_heads * segments, layout.length, sizes.block_m)
     span = triton.cdiv(triton.cdiv(layout.length, parts), sizes.block_m) * sizes.block_m
     dm = memory.new_empty((batch, kv_heads, segments, parts, dim, value_dim))
     dz = memory.new_empty((batch, kv_heads, segments, parts, dim))
-    dgate = memory.new_empty((batch, heads, segments, parts))
-    _infini_mix_bwd_kernel[full_grid(parts * segments * batch * kv_heads)](
-        query, local, memory.contiguous(), normaliser.contiguous(), gate, written, key_lengths,
-        grad, dq, dlocal, dm, dz, dgate, *query.stride()[:3], *local.stride()[:3],
-        *grad.stride()[:3], heads, kv_heads, n_q, layout.n_k, layout.query_offset, first, segments,
-        slots - 1, layout.length, layout.lag, parts, span,
-        APART=rows_apart(sizes.block_m, block_dim(dim), sizes.num_warps),
-        **constants_of(query, local, memory, key_lengths, layout, sizes), **sizes.options(),
+    del constants["HAS_LENGTHS"], constants["LOCAL_FIRST"]
+    constants["BLOCK_M"] = sizes.block_m
+    _infini_memory_bwd_kernel[full_grid(parts * segments * batch * kv_heads)](
+        query, grad, share, w, dm, dz, *query.stride()[:3], *grad.stride()[:3], heads, kv_heads,
+        n_q, layout.query_offset, first, segments, layout.length, parts, span,
+        APART=rows_apart(sizes.block_m, block_dim(dim), sizes.num_warps), **constants,
+        **sizes.options(),
     )  # fmt: skip
     seen = _has_gate(layout, first, segments, written, key_lengths)  # (B, S)
     open_ = torch.sigmoid(gate)

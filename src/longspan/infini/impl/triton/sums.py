@@ -124,17 +124,18 @@ def _infini_sums_bwd_kernel(
             v_high, v_low = v, v
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
         dv = dot_halves(f_high, f_low, m_high, m_low, dv, HALF, False, False)
+        if MORE_V:
+            dv += load_rows(more_v_ptr, stride_mvn, rows, exists, cols_v, VALUE_DIM,
+                            UPCAST).to(tl.float32)  # fmt: skip
+        store_rows(dv_ptr, VALUE_DIM, rows, exists, cols_v, dv, VALUE_DIM)
         # V dB^T and db nearly cancel: dB keeps both halves
         df = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         df = dot_halves(v_high, v_low, tl.trans(m_high), tl.trans(m_low), df, HALF, LOW_V, True)
         dk = (df + dz[None, :]) * tl.minimum(f, 1.0)  # f > 1 where k > 0; no row, no f
         if MORE_K:
-            dk += load_rows(more_k_ptr, stride_mkn, rows, exists, cols_d, DIM, UPCAST).to(tl.float32)
-        if MORE_V:
-            dv += load_rows(more_v_ptr, stride_mvn, rows, exists, cols_v, VALUE_DIM,
+            dk += load_rows(more_k_ptr, stride_mkn, rows, exists, cols_d, DIM,
                             UPCAST).to(tl.float32)  # fmt: skip
         store_rows(dk_ptr, DIM, rows, exists, cols_d, dk, DIM)
-        store_rows(dv_ptr, VALUE_DIM, rows, exists, cols_v, dv, VALUE_DIM)
 
 
 def segment_sums(

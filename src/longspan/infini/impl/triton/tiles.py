@@ -14,10 +14,10 @@ __all__ = [
     "dot_halves",
     "full_grid",
     "halves",
+    "high_half",
     "kernel_input",
     "load_rows",
     "phi",
-    "rounded",
     "rows_apart",
     "store_rows",
     "sum_rows",
@@ -62,10 +62,10 @@ def phi(x, inside, cols, DIM: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, HALF: tl.constexpr):
-    """What the matrix units get of float32 x, as float32: x itself where they are exact enough."""
+def high_half(x, HALF: tl.constexpr):
+    """What the matrix units get of float32 x: its bfloat16 value; x itself if not HALF."""
     if HALF:
-        x = x.to(tl.bfloat16).to(tl.float32)
+        x = x.to(tl.bfloat16)
     return x
 
 
