@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._triton.launch import interpreting
 
-__all__ = ["MAX_ROWS", "infini_decode", "infini_mix", "infini_states"]
+__all__ = ["MAX_ROWS", "StatesAndInputs", "infini_decode", "infini_mix", "infini_states"]
 
 MAX_ROWS = 16  # query rows times heads of a group that decoding takes at once
 
@@ -59,8 +59,10 @@ def infini_states_bwd(
     key_lengths: Tensor | None,
     length: int,
     segments: int,
+    more_key: Tensor | None,
+    more_value: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of key, value, memory and normaliser."""
+    """Gradients of key, value, memory and normaliser; `more_...` are added to the first two."""
     _prepare()
     from .impl.triton.scan import scan_states
     from .impl.triton.sums import segment_sums_backward
@@ -68,7 +70,10 @@ def infini_states_bwd(
     form = torch.contiguous_format
     states = scan_states(grad_states.clone(memory_format=form), reverse=True)
     totals = scan_states(grad_totals.clone(memory_format=form), reverse=True)
-    dk, dv = segment_sums_backward(states, totals, key, value, key_lengths, length, segments)
+    dk, dv = segment_sums_backward(
+        states, totals, key, value, key_lengths, length, segments,
+        more_key=more_key, more_value=more_value,
+    )  # fmt: skip
     return dk, dv, states[:, :, 0].clone(), totals[:, :, 0].clone()
 
 
@@ -81,6 +86,8 @@ def _(
     key_lengths: Tensor | None,
     length: int,
     segments: int,
+    more_key: Tensor | None,
+    more_value: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     made = (key, value, grad_states[:, :, 0], grad_totals[:, :, 0])
     dk, dv, memory, normaliser = (t.new_empty(t.shape) for t in made)
@@ -93,11 +100,55 @@ def _states_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 def _states_backward(ctx: Any, grad_states: Tensor, grad_totals: Tensor) -> tuple[Any, ...]:
-    grads = infini_states_bwd(grad_states, grad_totals, *ctx.saved_tensors, *ctx.settings)
+    grads = infini_states_bwd(
+        grad_states, grad_totals, *ctx.saved_tensors, *ctx.settings, None, None
+    )
     return *grads, None, None, None
 
 
 infini_states.register_autograd(_states_backward, setup_context=_states_context)
+
+
+class StatesAndInputs(torch.autograd.Function):
+    """`infini_states`, and its key and value again, for the local attention to use.
+
+    Gradients of the local attention arrive here and are added where those of the states are
+    written; autograd by itself would read all of them once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, memory: Tensor, normaliser: Tensor,
+        key_lengths: Tensor | None, length: int, segments: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.settings = (length, segments)
+        ctx.save_for_backward(key, value, key_lengths)
+        states, totals = infini_states(
+            key, value, memory, normaliser, key_lengths, length, segments
+        )
+        return states, totals, key.view_as(key), value.view_as(value)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_states: Tensor | None, grad_totals: Tensor | None,
+        more_key: Tensor | None, more_value: Tensor | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        key, value, key_lengths = ctx.saved_tensors
+        if grad_states is None and grad_totals is None:
+            return more_key, more_value, *(None,) * 5
+        length, segments = ctx.settings
+        batch, heads, _, dim = key.shape
+        shape = (batch, heads, segments + 1, dim)
+        if grad_states is None:
+            grad_states = key.new_zeros((*shape, value.shape[-1]), dtype=torch.float32)
+        if grad_totals is None:
+            grad_totals = key.new_zeros(shape, dtype=torch.float32)
+        grads = infini_states_bwd(
+            grad_states, grad_totals, key, value, key_lengths, length, segments, more_key,
+            more_value,
+        )  # fmt: skip
+        return *grads, None, None, None
 
 
 @torch.library.custom_op("longspan::infini_mix", mutates_args=())

@@ -75,25 +75,28 @@ def _infini_mix_bwd_kernel(
         rows = top + tl.arange(0, BLOCK_M)
         inside = rows < stop
         q = load_rows(q_ptr, stride_qn, rows, inside, cols_d, DIM, UPCAST)
-        do = load_rows(do_ptr, stride_on, rows, inside, cols_v, VALUE_DIM, UPCAST)
+        do = load_rows(do_ptr, stride_on, rows, inside, cols_v, VALUE_DIM, UPCAST).to(tl.float32)
         near = load_rows(local_ptr, stride_ln, rows, inside, cols_v, VALUE_DIM, UPCAST)
-        store_rows(dlocal_ptr + out * VALUE_DIM, VALUE_DIM, rows, inside, cols_v,
-                   (1.0 - g) * do.to(tl.float32), VALUE_DIM)  # fmt: skip
+        store_rows(dlocal_ptr + out * VALUE_DIM, VALUE_DIM, rows, inside, cols_v, (1.0 - g) * do,
+                   VALUE_DIM)  # fmt: skip
+        dgate -= tl.sum(do * near.to(tl.float32), 1)
         f = high_half(phi(q, inside, cols_d, DIM), HALF)
         den = tl.sum(f.to(tl.float32) * z[None, :], 1)
         inverse = tl.where(den > 0, 1.0 / tl.where(den > 0, den, 1.0), 0.0)
+        share = g * inverse
         # w from the same u as the products: their errors cancel as they do
-        u = high_half(do.to(tl.float32) * (g * inverse)[:, None], HALF)
+        u = high_half(do * share[:, None], HALF)
         read = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        read = dot_halves(f, f, m_high, m_low, read, HALF, False, True) * inverse[:, None]
-        w = -tl.sum(u.to(tl.float32) * read, 1)
-        dgate += tl.sum(do.to(tl.float32) * (read - near.to(tl.float32)), 1)
+        read = dot_halves(f, f, m_high, m_low, read, HALF, False, True)
+        w = -tl.sum(u.to(tl.float32) * read, 1) * inverse
+        dgate -= tl.where(share > 0, w / tl.where(share > 0, share, 1.0), 0.0)  # dO . read
         df = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         df = dot_halves(u, u, tl.trans(m_high), tl.trans(m_low), df, HALF, False, True)
-        df += w[:, None] * z[None, :]
+        # loaded again: 32 registers a thread less than to keep it in this layout
+        df += w[:, None] * tl.load(z_ptr + slot * DIM + cols_d, mask=cols_d < DIM, other=0.0)
         dq = df * tl.minimum(f.to(tl.float32), 1.0)  # f > 1 only where q > 0
         store_rows(dq_ptr + out * DIM, DIM, rows, inside, cols_d, dq, DIM)
-        tl.store(share_ptr + out + rows, g * inverse, mask=inside)
+        tl.store(share_ptr + out + rows, share, mask=inside)
         tl.store(w_ptr + out + rows, w, mask=inside)
     tl.store(dgate_ptr + ((b * heads + h) * segments + segment - first) * runs + run,
              tl.sum(dgate, 0))  # fmt: skip
