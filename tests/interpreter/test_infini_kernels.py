@@ -100,6 +100,39 @@ def test_same_bits_again():
         assert torch.equal(first, second)
 
 
+def test_parts_of_a_segment_add_up(nan_scratch):
+    """The memory's gradient, in one piece and in parts, of which the last may be empty."""
+    from longspan.infini.impl.triton.mix import Layout
+    from longspan.infini.impl.triton.mix_bwd import mix_backward
+
+    layout = Layout(40, 0, 0, 70, True)
+    query, local, grad = (torch.randn(1, 4, 70, 16) for _ in range(3))
+    memory, total = torch.randn(1, 2, 2, 16, 16), torch.rand(1, 2, 2, 16)
+    rest = (torch.randn(4), torch.tensor([1]), None, layout)
+    whole = mix_backward(grad, query, local, memory, total, *rest, parts=1)
+    for parts in (2, 4):
+        pieces = mix_backward(grad, query, local, memory, total, *rest, parts=parts)
+        for a, b in zip(pieces, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_added_to_those_of_others(nan_scratch):
+    """Keys and values past the last segment, and padded ones, get the others' alone."""
+    from longspan.infini.impl.triton.sums import segment_sums_backward
+
+    key, value = torch.randn(2, 1, 23, 8), torch.randn(2, 1, 23, 16)
+    memory, total = torch.randn(2, 1, 3, 8, 16), torch.randn(2, 1, 3, 8)
+    lengths = torch.tensor([23, 12], dtype=torch.int32)
+    more = torch.randn(2, 23, 1, 8).transpose(1, 2), torch.randn(2, 1, 23, 16)
+    for given in ((None, None), (more[0], None), (None, more[1]), more):
+        alone = segment_sums_backward(memory, total, key, value, lengths, 10, 2)
+        got = segment_sums_backward(
+            memory, total, key, value, lengths, 10, 2, more_key=given[0], more_value=given[1]
+        )
+        for a, b, other in zip(got, alone, given, strict=True):
+            torch.testing.assert_close(a, b if other is None else b + other)
+
+
 def test_operators_pass_opcheck():
     key, value = torch.randn(2, 1, 12, 8, requires_grad=True), torch.randn(2, 1, 12, 8)
     memory, z = torch.randn(2, 1, 8, 8, requires_grad=True), torch.rand(2, 1, 8)

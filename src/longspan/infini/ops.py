@@ -121,6 +121,7 @@ class StatesAndInputs(torch.autograd.Function):
         ctx: Any, key: Tensor, value: Tensor, memory: Tensor, normaliser: Tensor,
         key_lengths: Tensor | None, length: int, segments: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """States and normalisers before each segment; key and value as they came."""
         ctx.set_materialize_grads(False)
         ctx.settings = (length, segments)
         ctx.save_for_backward(key, value, key_lengths)
@@ -134,6 +135,7 @@ class StatesAndInputs(torch.autograd.Function):
         ctx: Any, grad_states: Tensor | None, grad_totals: Tensor | None,
         more_key: Tensor | None, more_value: Tensor | None,
     ) -> tuple[Any, ...]:  # fmt: skip
+        """Gradients of key, value, memory and normaliser."""
         key, value, key_lengths = ctx.saved_tensors
         if grad_states is None and grad_totals is None:
             return more_key, more_value, *(None,) * 5

@@ -148,6 +148,7 @@ def constants_of(
     query: Tensor, local: Tensor, memory: Tensor, key_lengths: Tensor | None, layout: Layout,
     sizes: KernelConfig,
 ) -> dict[str, int | bool]:  # fmt: skip
+    """Compile-time arguments that the kernels of the mix share."""
     dim, value_dim = query.shape[-1], local.shape[-1]
     upcast = upcasts(query.dtype, interpreting())
     return {
