@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .._triton.launch import interpreting
 
-__all__ = ["MAX_ROWS", "StatesAndInputs", "infini_decode", "infini_mix", "infini_states"]
+__all__ = [
+    "MAX_ROWS",
+    "StatesAndInputs",
+    "infini_decode",
+    "infini_delta_states",
+    "infini_mix",
+    "infini_states",
+]
 
 MAX_ROWS = 16  # query rows times heads of a group that decoding takes at once
 
@@ -109,8 +116,75 @@ def _states_backward(ctx: Any, grad_states: Tensor, grad_totals: Tensor) -> tupl
 infini_states.register_autograd(_states_backward, setup_context=_states_context)
 
 
+@torch.library.custom_op("longspan::infini_delta_states", mutates_args=())
+def infini_delta_states(
+    key: Tensor,
+    value: Tensor,
+    memory: Tensor,
+    normaliser: Tensor,
+    key_lengths: Tensor | None,
+    length: int,
+    segments: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `infini_states` by the delta rule, and P of each segment (B, H_kv, S, D, D)."""
+    _prepare()
+    from .impl.triton.delta import delta_states
+
+    return delta_states(key, value, memory, normaliser, key_lengths, length, segments)
+
+
+@infini_delta_states.register_fake
+def _(
+    key: Tensor,
+    value: Tensor,
+    memory: Tensor,
+    normaliser: Tensor,
+    key_lengths: Tensor | None,
+    length: int,
+    segments: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, _, dim = key.shape
+    wide = torch.float32
+    states = key.new_empty((batch, heads, segments + 1, dim, value.shape[-1]), dtype=wide)
+    totals = key.new_empty((batch, heads, segments + 1, dim), dtype=wide)
+    return states, totals, key.new_empty((batch, heads, segments, dim, dim), dtype=wide)
+
+
+@torch.library.custom_op("longspan::infini_delta_states_bwd", mutates_args=())
+def infini_delta_states_bwd(
+    grad_states: Tensor,
+    grad_totals: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    states: Tensor,
+    totals: Tensor,
+    maps: Tensor,
+    length: int,
+    more_key: Tensor | None,
+    more_value: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of key, value, memory and normaliser; `more_...` are added to the first two."""
+    _prepare()
+    from .impl.triton.delta import delta_states_backward
+
+    return delta_states_backward(
+        grad_states, grad_totals, key, value, key_lengths, states, totals, maps, length, more_key,
+        more_value,
+    )  # fmt: skip
+
+
+@infini_delta_states_bwd.register_fake
+def _(
+    grad_states: Tensor, grad_totals: Tensor, key: Tensor, value: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = (key, value, grad_states[:, :, 0], grad_totals[:, :, 0])
+    dk, dv, memory, normaliser = (t.new_empty(t.shape) for t in made)
+    return dk, dv, memory, normaliser
+
+
 class StatesAndInputs(torch.autograd.Function):
-    """`infini_states`, and its key and value again, for the local attention to use.
+    """States before each segment, and the key and value again, for the local attention to use.
 
     Gradients of the local attention arrive here and are added where those of the states are
     written; autograd by itself would read all of them once more.
@@ -119,15 +193,18 @@ class StatesAndInputs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, key: Tensor, value: Tensor, memory: Tensor, normaliser: Tensor,
-        key_lengths: Tensor | None, length: int, segments: int,
+        key_lengths: Tensor | None, length: int, segments: int, is_delta: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """States and normalisers before each segment; key and value as they came."""
         ctx.set_materialize_grads(False)
-        ctx.settings = (length, segments)
-        ctx.save_for_backward(key, value, key_lengths)
-        states, totals = infini_states(
-            key, value, memory, normaliser, key_lengths, length, segments
-        )
+        ctx.settings = (length, segments, is_delta)
+        inputs = (key, value, memory, normaliser, key_lengths, length, segments)
+        if is_delta:
+            states, totals, maps = infini_delta_states(*inputs)
+            ctx.save_for_backward(key, value, key_lengths, states, totals, maps)
+        else:
+            states, totals = infini_states(*inputs)
+            ctx.save_for_backward(key, value, key_lengths)
         return states, totals, key.view_as(key), value.view_as(value)
 
     @staticmethod
@@ -136,21 +213,22 @@ class StatesAndInputs(torch.autograd.Function):
         more_key: Tensor | None, more_value: Tensor | None,
     ) -> tuple[Any, ...]:  # fmt: skip
         """Gradients of key, value, memory and normaliser."""
-        key, value, key_lengths = ctx.saved_tensors
+        key, value, key_lengths, *kept = ctx.saved_tensors
         if grad_states is None and grad_totals is None:
-            return more_key, more_value, *(None,) * 5
-        length, segments = ctx.settings
+            return more_key, more_value, *(None,) * 6
+        length, segments, is_delta = ctx.settings
         batch, heads, _, dim = key.shape
         shape = (batch, heads, segments + 1, dim)
         if grad_states is None:
             grad_states = key.new_zeros((*shape, value.shape[-1]), dtype=torch.float32)
         if grad_totals is None:
             grad_totals = key.new_zeros(shape, dtype=torch.float32)
-        grads = infini_states_bwd(
-            grad_states, grad_totals, key, value, key_lengths, length, segments, more_key,
-            more_value,
-        )  # fmt: skip
-        return *grads, None, None, None
+        inputs, more = (grad_states, grad_totals, key, value, key_lengths), (more_key, more_value)
+        if is_delta:
+            grads = infini_delta_states_bwd(*inputs, *kept, length, *more)
+        else:
+            grads = infini_states_bwd(*inputs, length, segments, *more)
+        return *grads, None, None, None, None
 
 
 @torch.library.custom_op("longspan::infini_mix", mutates_args=())
