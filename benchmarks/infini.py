@@ -23,10 +23,11 @@ from longspan._triton.launch import KernelConfig
 from longspan.bench.environment import environment
 from longspan.bench.measure import Timing, append_rows, make_row, peak_bytes, time_call
 from longspan.infini.features import elu_plus_one
+from longspan.infini.impl.triton.delta import affine_scan, segment_maps, segment_turns
 from longspan.infini.impl.triton.mix import Layout, mix
 from longspan.infini.impl.triton.mix_bwd import mix_backward
 from longspan.infini.impl.triton.scan import scan_states
-from longspan.infini.impl.triton.sums import segment_sums, segment_sums_backward
+from longspan.infini.impl.triton.sums import Delta, segment_sums, segment_sums_backward
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -176,6 +177,8 @@ def pieces(run: Run, length: int, rates: dict[str, float]) -> None:
     layout = Layout(SEGMENT, 0, 0, length, True)
     reads = (query, value, memory, total, gate, written, None, layout)
     scratch, more = memory.clone(), (query, grad)
+    maps = segment_maps(key, total, None, SEGMENT, count)
+    weights = maps + maps.transpose(-1, -2)
     row, state = query.numel() * query.element_size(), memory.numel() * 4
     sums = (memory, total, key, value, None, SEGMENT, count)
     for name, moved, function in (
@@ -186,6 +189,11 @@ def pieces(run: Run, length: int, rates: dict[str, float]) -> None:
         ("states backward", 4 * row + state, lambda: segment_sums_backward(*sums)),
         ("states backward, added to others", 6 * row + state,
          lambda: segment_sums_backward(*sums, None, *more)),
+        ("maps", row + state, lambda: segment_maps(key, total, None, SEGMENT, count)),
+        ("affine scan", 3 * state, lambda: affine_scan(scratch, maps)),
+        ("turns", row + state, lambda: segment_turns(key, total, weights, None, SEGMENT)),
+        ("states backward, delta", 6 * row + 2 * state,
+         lambda: segment_sums_backward(*sums, None, *more, Delta(total, weights))),
         ("add of two gradients", 3 * row, lambda: query + grad),
     ):  # fmt: skip
         timing = time_call(function, device=DEVICE, warmup_ms=10.0, measure_ms=50.0)
@@ -301,6 +309,8 @@ def tune(run: Run, length: int) -> None:
     reads = (query, value, memory, total, gate, written, None, layout)
     grad = torch.randn_like(query)
     sums = (memory, total, key, value, None, SEGMENT, count)
+    maps = segment_maps(key, total, None, SEGMENT, count)
+    delta = Delta(total, maps + maps.transpose(-1, -2))
     trials: list[tuple[str, Callable[[KernelConfig], Any], Any, list[tuple[int, ...]]]] = [
         ("sums", lambda c: segment_sums(key, value, None, SEGMENT, count, c)[0][:, :, 1:],
          want_sums[:, :, 1:],
@@ -318,6 +328,19 @@ def tune(run: Run, length: int) -> None:
         ("memory_bwd", lambda c: mix_backward(grad, *reads, None, c)[2], None,
          [(64, 0, 8, 3), (64, 0, 8, 2), (128, 0, 8, 2), (64, 0, 4, 2), (32, 0, 4, 3),
           (64, 0, 8, 4), (32, 0, 8, 3)]),
+        ("maps", lambda c: segment_maps(key, total, None, SEGMENT, count, c), None,
+         [(0, 64, 8, 2), (0, 32, 8, 3), (0, 64, 4, 2), (0, 128, 8, 2), (0, 64, 8, 3),
+          (0, 32, 8, 4)]),
+        ("affine", lambda c: affine_scan(memory.clone(), maps, False, c), None,
+         [(0, 32, 8, 2), (0, 32, 8, 1), (0, 32, 8, 3), (0, 16, 8, 2), (0, 64, 8, 2),
+          (0, 16, 8, 1)]),
+        ("affine_reverse", lambda c: affine_scan(memory.clone(), maps, True, c), None,
+         [(0, 32, 8, 2), (0, 32, 8, 1), (0, 16, 8, 2)]),
+        ("turns", lambda c: segment_turns(key, total, weights, None, SEGMENT, c), None,
+         [(0, 64, 4, 2), (0, 64, 8, 2), (0, 32, 8, 2), (0, 64, 4, 3), (0, 128, 8, 2)]),
+        ("delta_bwd", lambda c: segment_sums_backward(*sums, c, query, grad, delta)[0], None,
+         [(8, 32, 8, 1), (8, 64, 8, 1), (8, 64, 4, 1), (8, 128, 8, 1), (16, 64, 4, 1),
+          (8, 64, 8, 2), (16, 32, 8, 1)]),
     ]  # fmt: skip
     for name, function, want, candidates in trials:
         for number, candidate in enumerate(candidates):

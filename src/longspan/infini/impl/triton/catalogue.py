@@ -10,13 +10,18 @@ import torch
 from ...._triton.aot import AotCase
 from ...._triton.launch import KernelConfig
 from .configs import (
+    affine_config,
+    delta_bwd_config,
+    maps_config,
     memory_bwd_config,
     mix_bwd_config,
     mix_config,
     sums_bwd_config,
     sums_config,
+    turns_config,
 )
 from .decode import _BLOCK_N, _SPLIT, _infini_decode_kernel, _infini_join_kernel
+from .delta import _infini_affine_kernel, _infini_maps_kernel, _infini_turns_kernel
 from .mix import _infini_mix_kernel
 from .mix_bwd import _infini_memory_bwd_kernel, _infini_mix_bwd_kernel
 from .scan import _BLOCK, _infini_scan_kernel
@@ -28,7 +33,7 @@ __all__ = ["KNOWN_SPILLS", "cases"]
 KNOWN_SPILLS: dict[str, int] = {}  # bytes a thread
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-_SINGLE = ("m_ptr", "z_ptr", "dm_ptr", "dz_ptr", "gate_ptr", "dgate_ptr", "x_ptr", "share_ptr", "part_ptr", "top_ptr", "sum_ptr",
+_SINGLE = ("m_ptr", "z_ptr", "p_ptr", "weights_ptr", "dm_ptr", "dz_ptr", "gate_ptr", "dgate_ptr", "x_ptr", "share_ptr", "part_ptr", "top_ptr", "sum_ptr",
            "w_ptr")  # fmt: skip
 
 
@@ -67,16 +72,26 @@ def _cases(dim: int, dtype: torch.dtype, major: int) -> Iterator[AotCase]:
     ):
         sizes = config(dim, dim, dtype, major)
         yield _case(f"infini/{name}/{label}", kernel, sizes, dtype, dim)
+    sizes = delta_bwd_config(dim, dim, dtype, major)
+    yield _case(f"infini/sums_bwd_delta/{label}", _infini_sums_bwd_kernel, sizes, dtype, dim)
+    for name, kernel, sizes in (
+        ("maps", _infini_maps_kernel, maps_config(dim, major)),
+        ("turns", _infini_turns_kernel, turns_config(dim, major)),
+        ("affine", _infini_affine_kernel, affine_config(dim, major)),
+        ("affine_reverse", _infini_affine_kernel, affine_config(dim, major)),
+    ):
+        yield _case(f"infini/{name}/{label}", kernel, sizes, dtype, dim)
 
 
 def _case(name: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: int) -> AotCase:
-    tile = sizes.block_n if "/sums" in name else sizes.block_m
+    tile = sizes.block_n if "mix" not in name and sizes.block_n else sizes.block_m
     known: dict[str, Any] = {
         "lengths_ptr": None, "GROUP": 4, "ROWS": 16, "SPLIT": _SPLIT, "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(dim), "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n,
         "TILES": sizes.block_n if "mix" in name else sizes.block_m,
         "APART": rows_apart(tile, block_dim(dim), sizes.num_warps),
-        "MORE_K": True, "MORE_V": True, "HAS_LENGTHS": False, "LOCAL_FIRST": True,
+        "MORE_K": True, "MORE_V": True, "DELTA": "delta" in name, "REVERSE": "reverse" in name,
+        "BLOCK_V": sizes.block_n, "HAS_LENGTHS": False, "LOCAL_FIRST": True,
         "HALF": True, "LOW_V": False, "UPCAST": False,
     }  # fmt: skip
     constexprs = {n: known[n] for n in kernel.arg_names if n in known}

@@ -40,9 +40,9 @@ _HOPPER_SUMS_BWD = (KernelConfig(8, 64, 4, 2), KernelConfig(8, 64, 8, 2))
 _HOPPER_MIX = (KernelConfig(64, 4, 4, 2), KernelConfig(128, 4, 8, 2))
 _HOPPER_MIX_BWD = (KernelConfig(64, 4, 4, 1), KernelConfig(128, 4, 8, 1))
 _HOPPER_MEMORY_BWD = (KernelConfig(64, 0, 4, 2), KernelConfig(64, 0, 8, 3))
-_HOPPER_DELTA_BWD = (KernelConfig(8, 64, 4, 1), KernelConfig(8, 64, 8, 1))
+_HOPPER_DELTA_BWD = (KernelConfig(8, 64, 4, 1), KernelConfig(8, 32, 8, 1))
 _HOPPER_MAPS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 64, 8, 2))
-_HOPPER_TURNS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 64, 8, 2))
+_HOPPER_TURNS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 64, 4, 2))
 _HOPPER_AFFINE = (KernelConfig(0, 32, 4, 2), KernelConfig(0, 32, 8, 2))
 
 
