@@ -336,7 +336,7 @@ def tune(run: Run, length: int) -> None:
           (0, 16, 8, 1)]),
         ("affine_reverse", lambda c: affine_scan(memory.clone(), maps, True, c), None,
          [(0, 32, 8, 2), (0, 32, 8, 1), (0, 16, 8, 2)]),
-        ("turns", lambda c: segment_turns(key, total, weights, None, SEGMENT, c), None,
+        ("turns", lambda c: segment_turns(key, total, delta.weights, None, SEGMENT, c), None,
          [(0, 64, 4, 2), (0, 64, 8, 2), (0, 32, 8, 2), (0, 64, 4, 3), (0, 128, 8, 2)]),
         ("delta_bwd", lambda c: segment_sums_backward(*sums, c, query, grad, delta)[0], None,
          [(8, 32, 8, 1), (8, 64, 8, 1), (8, 64, 4, 1), (8, 128, 8, 1), (16, 64, 4, 1),

@@ -24,12 +24,12 @@ __all__ = [
 ]
 
 # [head dims up to 64, head dims up to 128]
-_SUMS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 2))
+_SUMS = (KernelConfig(0, 32, 4, 2), KernelConfig(0, 32, 8, 2))
 _SUMS_BWD = (KernelConfig(8, 64, 4, 2), KernelConfig(8, 32, 8, 1))
 _MIX = (KernelConfig(64, 4, 4, 2), KernelConfig(64, 4, 8, 2))
 _MIX_BWD = (KernelConfig(64, 4, 4, 1), KernelConfig(32, 8, 8, 1))
 _MEMORY_BWD = (KernelConfig(64, 0, 4, 2), KernelConfig(64, 0, 8, 2))
-_DELTA_BWD = (KernelConfig(8, 64, 4, 1), KernelConfig(8, 32, 8, 1))
+_DELTA_BWD = (KernelConfig(8, 64, 4, 1), KernelConfig(8, 16, 4, 1))
 _MAPS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 2))
 _TURNS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 2))
 _AFFINE = (KernelConfig(0, 16, 4, 2), KernelConfig(0, 16, 8, 1))
