@@ -71,26 +71,28 @@ def _cases(dim: int, dtype: torch.dtype, major: int) -> Iterator[AotCase]:
         ("memory_bwd", _infini_memory_bwd_kernel, memory_bwd_config),
     ):
         sizes = config(dim, dim, dtype, major)
-        yield _case(f"infini/{name}/{label}", kernel, sizes, dtype, dim)
+        yield _case(f"infini/{name}/{label}", kernel, sizes, dtype, dim, major)
     sizes = delta_bwd_config(dim, dim, dtype, major)
-    yield _case(f"infini/sums_bwd_delta/{label}", _infini_sums_bwd_kernel, sizes, dtype, dim)
+    yield _case(f"infini/sums_bwd_delta/{label}", _infini_sums_bwd_kernel, sizes, dtype, dim, major)
     for name, kernel, sizes in (
         ("maps", _infini_maps_kernel, maps_config(dim, major)),
         ("turns", _infini_turns_kernel, turns_config(dim, major)),
         ("affine", _infini_affine_kernel, affine_config(dim, major)),
         ("affine_reverse", _infini_affine_kernel, affine_config(dim, major)),
     ):
-        yield _case(f"infini/{name}/{label}", kernel, sizes, dtype, dim)
+        yield _case(f"infini/{name}/{label}", kernel, sizes, dtype, dim, major)
 
 
-def _case(name: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: int) -> AotCase:
+def _case(
+    name: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: int, major: int = 9
+) -> AotCase:
     tile = sizes.block_n if "mix" not in name and sizes.block_n else sizes.block_m
     known: dict[str, Any] = {
         "lengths_ptr": None, "GROUP": 4, "ROWS": 16, "SPLIT": _SPLIT, "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": block_dim(dim),
         "BLOCK_DV": block_dim(dim), "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n,
         "TILES": sizes.block_n if "mix" in name else sizes.block_m,
         "APART": rows_apart(tile, block_dim(dim), sizes.num_warps),
-        "MORE_K": True, "MORE_V": True, "DELTA": "delta" in name, "REVERSE": "reverse" in name,
+        "MORE_K": True, "MORE_V": True, "DELTA": "delta" in name, "LOW_W": major >= 9, "REVERSE": "reverse" in name,
         "BLOCK_V": sizes.block_n, "HAS_LENGTHS": False, "LOCAL_FIRST": True,
         "HALF": True, "LOW_V": False, "UPCAST": False,
     }  # fmt: skip

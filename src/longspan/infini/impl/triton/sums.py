@@ -89,13 +89,14 @@ def _infini_sums_bwd_kernel(
     heads, n_k, segments, runs, length,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    MORE_K: tl.constexpr, MORE_V: tl.constexpr, DELTA: tl.constexpr, HALF: tl.constexpr,
-    LOW_V: tl.constexpr, UPCAST: tl.constexpr,
+    MORE_K: tl.constexpr, MORE_V: tl.constexpr, DELTA: tl.constexpr, LOW_W: tl.constexpr,
+    HALF: tl.constexpr, LOW_V: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dsigma(K) = V dB^T + db, dV = sigma(K) dB, with dB the gradient of what the segment adds.
 
     TILES tiles of a segment. MORE_K, MORE_V: other gradients of the same keys and values are added.
-    DELTA: also what the delta rule subtracts, as delta.py explains.
+    DELTA: also what the delta rule subtracts, as delta.py explains; LOW_W: with both halves of W,
+    which an A100 has no room for.
     """
     run = tl.program_id(0) % runs
     s = (tl.program_id(0) // runs % segments).to(tl.int64)
@@ -149,7 +150,7 @@ def _infini_sums_bwd_kernel(
         if DELTA:
             den = tl.sum(f * z[None, :], 1)
             inverse = tl.where(den > 0, 1.0 / tl.where(den > 0, den, 1.0), 0.0)
-            df = dot_halves(f_high, f_low, w_high, w_low, df, HALF, False, True)
+            df = dot_halves(f_high, f_low, w_high, w_low, df, HALF, False, LOW_W)
             dden = 0.5 * tl.sum(df * f, 1) * inverse * inverse
             df = dden[:, None] * z[None, :] - df * inverse[:, None]
         df = dot_halves(v_high, v_low, tl.trans(m_high), tl.trans(m_low), df, HALF, LOW_V, True)
@@ -232,7 +233,8 @@ def segment_sums_backward(
         *(dk if more_key is None else more_key).stride()[:3],
         *(dv if more_value is None else more_value).stride()[:3],
         heads, n_k, segments, runs, length, TILES=sizes.block_m, MORE_K=more_key is not None,
-        MORE_V=more_value is not None, DELTA=delta is not None, **constants, **sizes.options(),
+        MORE_V=more_value is not None, DELTA=delta is not None,
+        LOW_W=major >= 9, **constants, **sizes.options(),
     )  # fmt: skip
     return dk, dv
 
