@@ -116,6 +116,28 @@ def test_parts_of_a_segment_add_up(nan_scratch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_sums_of_rows_that_are_loaded_in_turns(nan_scratch):
+    """One warp loads 16 of 64 rows at once: the sums over them are in four pieces."""
+    from longspan._triton.launch import KernelConfig
+    from longspan.infini.impl.triton.delta import segment_turns
+    from longspan.infini.impl.triton.sums import segment_sums
+
+    key, value = torch.randn(1, 2, 120, 16), torch.randn(1, 2, 120, 8)
+    sizes = KernelConfig(64, 64, 1, 1)
+    phi = torch.where(key > 0, key + 1, key.exp()).unflatten(2, (2, 60))
+    memory, total = segment_sums(key, value, None, 60, 2, sizes)
+    want = phi.transpose(-1, -2) @ value.unflatten(2, (2, 60))
+    torch.testing.assert_close(memory[:, :, 1:], want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(total[:, :, 1:], phi.sum(3), rtol=1e-5, atol=1e-4)
+    before, weights = torch.rand(1, 2, 3, 16), torch.randn(1, 2, 2, 16, 16)
+    weights = weights + weights.transpose(-1, -2)
+    got = segment_turns(key, before, weights, None, 60, sizes)
+    den = (phi @ before[:, :, :2].unsqueeze(-1)).squeeze(-1)
+    dden = 0.5 * ((phi @ weights) * phi).sum(-1) / den.square()
+    want = (dden.unsqueeze(-1) * phi).sum(3)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
 def test_gradients_are_added_to_those_of_others(nan_scratch):
     """Keys and values past the last segment, and padded ones, get the others' alone."""
     from longspan.infini.impl.triton.sums import segment_sums_backward

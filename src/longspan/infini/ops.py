@@ -208,7 +208,7 @@ class StatesAndInputs(torch.autograd.Function):
         return states, totals, key.view_as(key), value.view_as(value)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_states: Tensor | None, grad_totals: Tensor | None,
         more_key: Tensor | None, more_value: Tensor | None,
     ) -> tuple[Any, ...]:  # fmt: skip

@@ -40,7 +40,7 @@ def infini_triton(call: InfiniCall) -> tuple[Tensor, Tensor, Tensor]:
         return _decode(call, needed_states(call, parts))
     count = needed_states(call, parts)
     if config.update in ("linear", "delta"):
-        memory, normaliser, key, value = StatesAndInputs.apply(
+        memory, normaliser, key, value = StatesAndInputs.apply(  # type: ignore[no-untyped-call]
             call.memory_key, call.value, call.memory, call.normaliser, call.key_lengths,
             config.segment_length, count, config.update == "delta",
         )  # fmt: skip

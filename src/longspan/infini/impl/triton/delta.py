@@ -1,7 +1,7 @@
 """The delta rule of segments: M_{s+1} = M_s - P_s M_s + B_s, and what its backward needs.
 
 P_s = F^T diag(1 / F z_s) F with F = sigma(K_s); B_s and z come from sums.py and scan.py. With
-E = dM_{s+1}, summed backwards by the same scan with P^T, and W = M_s E^T + E M_s^T, a row f has
+E = dM_{s+1}, summed backwards by the same scan (P is symmetric), and W = M_s E^T + E M_s^T, a row f has
 dden = f W f^T / 2 den^2, dz_s = sum dden f, and dsigma(k) = v E^T - f W / den + dden z_s + dz_{s+1};
 sums.py writes the last, and dv = f E.
 
@@ -76,7 +76,7 @@ def _infini_affine_kernel(
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     REVERSE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """x[s + 1] += x[s] - P[s] x[s], or x[s] += x[s + 1] - P[s]^T x[s + 1], for BLOCK_V columns."""
+    """x[s + 1] += x[s] - P[s] x[s], or x[s] += x[s + 1] - P[s] x[s + 1] (P is symmetric), for BLOCK_V columns."""
     chunks = tl.cdiv(VALUE_DIM, BLOCK_V)
     g = (tl.program_id(0) // chunks).to(tl.int64)
     cols = tl.program_id(0) % chunks * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -96,8 +96,6 @@ def _infini_affine_kernel(
         p_ptr += step * DIM * DIM
         added = tl.load(x_ptr, mask=inside, other=0.0)
         p_high, p_low = halves(-p, HALF)
-        if REVERSE:
-            p_high, p_low = tl.trans(p_high), tl.trans(p_low)
         high, low = halves(state, HALF)
         state = dot_halves(p_high, p_low, high, low, state + added, HALF, True, True)
         tl.store(x_ptr, state, mask=inside)
