@@ -74,9 +74,8 @@ def infini_states_bwd(
     from .impl.triton.scan import scan_states
     from .impl.triton.sums import segment_sums_backward
 
-    form = torch.contiguous_format
-    states = scan_states(grad_states.clone(memory_format=form), reverse=True)
-    totals = scan_states(grad_totals.clone(memory_format=form), reverse=True)
+    states = scan_states(grad_states.contiguous(), reverse=True, in_place=False)
+    totals = scan_states(grad_totals.contiguous(), reverse=True, in_place=False)
     dk, dv = segment_sums_backward(
         states, totals, key, value, key_lengths, length, segments,
         more_key=more_key, more_value=more_value,

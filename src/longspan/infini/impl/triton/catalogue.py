@@ -46,9 +46,9 @@ def cases(capability: int) -> list[AotCase]:
     made.append(
         AotCase(
             name="infini/scan/reverse", kernel=_infini_scan_kernel,
-            signature={"x_ptr": "*fp32", "slots": "i32"},
+            signature={"x_ptr": "*fp32", "y_ptr": "*fp32", "slots": "i32"},
             constexprs={"SIZE": 128 * 128, "BLOCK": _BLOCK, "REVERSE": True}, num_warps=4,
-            num_stages=1, aligned=("x_ptr",),
+            num_stages=1, aligned=("x_ptr", "y_ptr"),
         )
     )  # fmt: skip
     return made

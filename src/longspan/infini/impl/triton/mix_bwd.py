@@ -102,16 +102,20 @@ def _infini_mix_bwd_kernel(
              tl.sum(dgate, 0))  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_q", "query_offset", "first", "segments", "parts", "span"])
+@triton.jit(do_not_specialize=["n_q", "query_offset", "first", "segments", "parts", "span", "slots",
+                               "base"])  # fmt: skip
 def _infini_memory_bwd_kernel(
     q_ptr, do_ptr, share_ptr, w_ptr, dm_ptr, dz_ptr,
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
-    heads, kv_heads, n_q, query_offset, first, segments, length, parts, span,
+    heads, kv_heads, n_q, query_offset, first, segments, length, parts, span, slots, base,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, APART: tl.constexpr, HALF: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dM = sigma(Q)^T U, dz = sigma(Q)^T w of `span` rows of a segment, over a key head's group."""
+    """dM = sigma(Q)^T U, dz = sigma(Q)^T w of `span` rows of a segment, over a key head's group.
+
+    dm and dz have `slots` entries a head; those of the first segment are at `base`.
+    """
     part = tl.program_id(0) % parts
     rest = tl.program_id(0) // parts
     index = (rest % segments).to(tl.int64)
@@ -139,7 +143,7 @@ def _infini_memory_bwd_kernel(
             u = high_half(do.to(tl.float32) * share[:, None], HALF)
             dm = dot_halves(tl.trans(f), tl.trans(f), u, u, dm, HALF, False, False)
             dz += sum_rows(f.to(tl.float32) * w[:, None], APART)
-    at = ((b * kv_heads + kv) * segments + index) * parts + part
+    at = (b * kv_heads + kv) * slots + base + index * parts + part
     store_rows(dm_ptr + at * DIM * VALUE_DIM, VALUE_DIM, cols_d, cols_d < DIM, cols_v, dm,
                VALUE_DIM)  # fmt: skip
     tl.store(dz_ptr + at * DIM + cols_d, tl.sum(dz, 0), mask=cols_d < DIM)
@@ -178,20 +182,28 @@ def mix_backward(
     if parts is None:
         parts = _parts(batch * kv_heads * segments, layout.length, sizes.block_m)
     span = triton.cdiv(triton.cdiv(layout.length, parts), sizes.block_m) * sizes.block_m
-    dm = memory.new_empty((batch, kv_heads, segments, parts, dim, value_dim))
-    dz = memory.new_empty((batch, kv_heads, segments, parts, dim))
+    base = first - layout.lag  # the state that the first of these segments reads, unless clamped
+    as_states = parts == 1 and base >= 0 and base + segments <= slots
+    count = slots if as_states else segments * parts
+    dm = memory.new_empty((batch, kv_heads, count, dim, value_dim))
+    dz = memory.new_empty((batch, kv_heads, count, dim))
+    base = base if as_states else 0
     del constants["HAS_LENGTHS"], constants["LOCAL_FIRST"]
     constants["BLOCK_M"] = sizes.block_m
     _infini_memory_bwd_kernel[full_grid(parts * segments * batch * kv_heads)](
         query, grad, share, w, dm, dz, *query.stride()[:3], *grad.stride()[:3], heads, kv_heads,
-        n_q, layout.query_offset, first, segments, layout.length, parts, span,
+        n_q, layout.query_offset, first, segments, layout.length, parts, span, count, base,
         APART=rows_apart(sizes.block_m, block_dim(dim), sizes.num_warps), **constants,
         **sizes.options(),
     )  # fmt: skip
     seen = _has_gate(layout, first, segments, written, key_lengths)  # (B, S)
     open_ = torch.sigmoid(gate)
     summed = (dgate.sum(3) * seen[:, None]).sum((0, 2)) * open_ * (1 - open_)
-    dm, dz = (t.squeeze(3) if parts == 1 else t.sum(3) for t in (dm, dz))
+    if as_states:
+        for made in (dm, dz):
+            made[:, :, :base], made[:, :, base + segments :] = 0, 0
+        return dq, dlocal, dm, dz, summed
+    dm, dz = (t.unflatten(2, (segments, parts)).sum(3) for t in (dm, dz))
     return (
         dq,
         dlocal,
@@ -226,12 +238,6 @@ def _to_slots(grads: Tensor, layout: Layout, first: int, slots: int) -> Tensor:
     """Gradients per segment to gradients per state; several segments may read the first or last."""
     segments = grads.shape[2]
     start = first - layout.lag  # state read by segment 0 of these, before clamping
-    if start >= 0 and start + segments <= slots:
-        if start == 0 and segments == slots:
-            return grads
-        made = grads.new_zeros((*grads.shape[:2], slots, *grads.shape[3:]))
-        made[:, :, start : start + segments] = grads
-        return made
     made = grads.new_zeros((*grads.shape[:2], slots, *grads.shape[3:]))
     low = min(max(1 - start, 0), segments)  # these read state 0
     if low:
