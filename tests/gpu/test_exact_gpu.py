@@ -137,3 +137,19 @@ def test_gradient_that_is_a_slice_of_a_longer_one():
     )
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-2
+
+
+def test_gradient_of_segments_as_a_batch():
+    """Query, output and gradient permuted alike: the gradient goes to the kernel as it is."""
+    flat = make_qkv(1, 8, 1024, 128, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (t.unflatten(2, (4, 256)).squeeze(0).transpose(0, 1).requires_grad_() for t in flat)
+    out = exact_attention(q, k, v, is_causal=True)
+    upstream = torch.randn(8, 4, 256, 128, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
+    assert out.stride() == upstream.stride()
+    got = torch.autograd.grad(out, (q, k, v), upstream)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    want = torch.autograd.grad(
+        softmax_oracle(*wide, is_causal=True).output, wide, upstream.double()
+    )
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-2

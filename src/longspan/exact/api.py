@@ -325,14 +325,21 @@ def _torch_call(
 
 
 class _DenseGradient(torch.autograd.Function):
-    """Identity whose gradient is contiguous."""
+    """Identity whose gradient lies in memory without gaps, as the output does or contiguous.
+
+    A gradient in the output's layout needs no copy: torch would bring a contiguous one into it.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.strides = output.stride()
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        extent = 1 + sum((n - 1) * s for n, s in zip(grad.shape, grad.stride(), strict=True))
+        if grad.stride() == ctx.strides and extent == grad.numel():
+            return grad
         return grad.contiguous()
 
 
