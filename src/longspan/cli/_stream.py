@@ -25,7 +25,7 @@ class _Speaker(NamedTuple):
 
 def is_trained_here(name: str) -> bool:
     """Whether a model is one of longspan's reference transformers, shipped or in a folder."""
-    from ..train.trained import shipped_models
+    from ..models.shipped import shipped_models
 
     if name in shipped_models():
         return True
