@@ -24,6 +24,7 @@ def study(
     prepare_only: bool = False,
     report: bool = False,
     device: str | None = None,
+    only: str | None = None,
 ) -> int:
     """Train, evaluate and report. The same command again goes on where it stopped.
 
@@ -51,6 +52,8 @@ def study(
         Only write the report of the rows that --out has.
     device
         cpu or cuda.
+    only
+        Phases, with commas, e.g. small:rope,recall; all others are left out.
     """
     from ..studies.registry import get_study
 
@@ -83,6 +86,7 @@ def study(
         budget_minutes=budget,
         device=check_device(device),
         stop_after=stop_after,
+        only=only.split(",") if only else None,
         listener=lambda text: console.print(f"  {text}", markup=False, soft_wrap=True),
     )
     for failure in outcome.failures:

@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="sizes for a processor")
     parser.add_argument("--stop-after", type=float, help="seconds until this call returns")
     parser.add_argument("--device")
+    parser.add_argument("--only", help="phases, with commas, e.g. small:rope,recall")
     parser.add_argument("--no-compile", action="store_true")
     chosen = parser.parse_args(arguments)
 
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             stop_after=chosen.stop_after,
             compile=False if chosen.no_compile else None,
             listener=say,
+            only=chosen.only.split(",") if chosen.only else None,
         )
     except LongspanError as error:
         print(f"longspan: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ class Sizes:
 
     model, sibling: sizes of the compared models and of the small ones that are kept. length: of
     training. batch_size: sequences per step. learning_rate, sibling_rate: peaks; not tuned per
-    variant. lengths: evaluated. windows_per_book: of the longest length. training_share: of the
+    variant. sibling_factor: steps of the small models, over those of the compared ones. lengths: evaluated. windows_per_book: of the longest length. training_share: of the
     budget, for the compared models. calibration_steps: that measure a step.
     recall_model, recall_pairs (trained), recall_tests (evaluated), recall_batch, recall_steps (per
     minute of budget), recall_sequences (per test), recall_rate.
@@ -32,6 +32,7 @@ class Sizes:
     batch_size: int
     learning_rate: float
     sibling_rate: float
+    sibling_factor: int
     lengths: tuple[int, ...]
     windows_per_book: int
     training_share: float
@@ -104,6 +105,7 @@ FULL = Sizes(
     batch_size=32,
     learning_rate=2e-3,
     sibling_rate=4e-3,
+    sibling_factor=2,
     lengths=(2048, 4096, 8192, 16384, 32768),
     windows_per_book=2,
     training_share=0.55,
@@ -127,6 +129,7 @@ SMALL = Sizes(
     batch_size=4,
     learning_rate=4e-3,
     sibling_rate=4e-3,
+    sibling_factor=1,
     lengths=(128, 256, 512),
     windows_per_book=1,
     training_share=0.4,
