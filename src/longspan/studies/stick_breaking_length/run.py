@@ -29,7 +29,7 @@ from ...train.tokens import TokenFile
 from ...train.trained import with_settings
 from ..clock import Clock, OutOfTime
 from .data import StudyData
-from .recall import RecallBatches, recall_accuracy
+from .recall import VOCABULARY, RecallBatches, recall_accuracy
 from .sizes import Sizes
 from .speed import early_stop_rows, stopped
 from .variants import READINGS, VARIANTS, Reading
@@ -331,10 +331,9 @@ class _Study:
     # Recall
 
     def _recall(self, variant: str, steps: int) -> None:
+        task = {"variant": variant, "vocab_size": VOCABULARY}
         tests = [
-            n
-            for n in self.sizes.recall_tests
-            if not self._find("recall", {"variant": variant, "pairs": n})
+            n for n in self.sizes.recall_tests if not self._find("recall", {**task, "pairs": n})
         ]
         if not tests:
             return
@@ -349,7 +348,7 @@ class _Study:
             )
             self._add(
                 "recall",
-                {"variant": variant, "pairs": pairs},
+                {**task, "pairs": pairs},
                 {**result, "final_loss": log[-1]["loss"], "steps": steps,
                  "trained_pairs": list(self.sizes.recall_pairs)},
             )  # fmt: skip

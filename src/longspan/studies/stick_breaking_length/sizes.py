@@ -19,8 +19,9 @@ class Sizes:
 
     model, sibling: sizes of the compared models and of the small ones that are kept. length: of
     training. batch_size: sequences per step. learning_rate, sibling_rate: peaks; not tuned per
-    variant. sibling_factor: steps of the small models, over those of the compared ones. lengths: evaluated. windows_per_book: of the longest length. training_share: of the
-    budget, for the compared models. calibration_steps: that measure a step.
+    variant. sibling_factor: steps of the small models, over those of the compared ones. lengths:
+    evaluated. windows_per_book: of the longest length. training_share: of the budget, for the
+    compared models. calibration_steps: that measure a step.
     recall_model, recall_pairs (trained), recall_tests (evaluated), recall_batch, recall_steps (per
     minute of budget), recall_sequences (per test), recall_rate.
     speed_lengths: of the early-stop measurement. span_length: of the span statistics.
@@ -111,13 +112,13 @@ FULL = Sizes(
     training_share=0.55,
     calibration_steps=20,
     log_every=10,
-    recall_model={"width": 256, "layers": 2, "heads": 1},
+    recall_model={"width": 128, "layers": 2, "heads": 1},
     recall_pairs=(8, 16, 32, 64, 96, 128, 192),
     recall_tests=(32, 64, 128, 192, 256, 384, 512),
-    recall_batch=64,
+    recall_batch=256,
     recall_steps=200,
     recall_sequences=64,
-    recall_rate=1e-3,
+    recall_rate=4e-3,
     speed_lengths=(2048, 8192, 32768, 131072),
     span_length=8192,
 )
