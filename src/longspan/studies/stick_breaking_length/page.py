@@ -588,8 +588,8 @@ def _differences(plan: Row) -> list[str]:
         "per variant nor on held-out texts.",
         "YaRN and NTK scaling are applied at test time only, with the factor length / training "
         "length at each length. FoX is the plain forget gate, without the paper's Pro block; "
-        "its gates start at one half, so that heads begin by reading a few tokens, and so few steps say little about "
-        "how good it becomes.",
+        "its gates start at one half, so that heads begin by reading a few tokens, and so few "
+        "steps say little about how good it becomes.",
         "The recall task is ours, after the description of the paper's: keys from a set half as "
         "large as the number of assignments, 32 questions at the end; sizes mixed in training.",
     ]
