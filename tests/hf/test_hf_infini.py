@@ -436,6 +436,19 @@ def test_gradients_reach_everything(model, checkpointing):
                 torch.testing.assert_close(parameter.grad, expected[name])
 
 
+def test_low_rank_adapters_and_gates_train_together(model):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    wrapped, ids = peft.get_peft_model(model, lora), tokens(2, 20)
+    with convert_infini(wrapped, 4):
+        groups = gate_parameter_groups(wrapped, lr=0.05, gate_lr=0.05)
+        assert [len(group["params"]) for group in groups] == [8, 2]
+        losses = [step(wrapped, ids, lr=0.05) for _ in range(6)]
+        assert losses[-1] < losses[0]
+        expected = run(wrapped, input_ids=ids, use_cache=False)
+        assert distance(in_chunks(wrapped, ids, [7, 13], make_cache(wrapped)), expected) < CLOSE
+
+
 def test_gradients_flow_through_the_memory(model):
     """The loss of the last segment reaches the embedding of a token of the first."""
     ids = tokens(1, 20)

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from longspan import StickBreakingConfig
+from longspan import InfiniConfig, StickBreakingConfig
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.eval.compare_plan import Candidate, default_attentions, plan_candidates
 from longspan.eval.jobs import patched_model
+from longspan.hf.native import native_attention
 from longspan.models import Transformer, TransformerConfig, load
 from longspan.models.as_llama import to_llama
 from longspan.models.shipped import is_longspan_model, native_mechanism, shipped_models
@@ -22,6 +23,8 @@ VARIANTS = {
     "gqa": {"kv_heads": 2, "tie_embeddings": False},
     "nope": {"positions": "none"},
     "stick": STICK,
+    "infini": {"attention": InfiniConfig(segment_length=9, update="delta"), "kv_heads": 2},
+    "infini-nope": {"attention": InfiniConfig(segment_length=9), "positions": "none"},
 }
 
 
@@ -47,6 +50,20 @@ def test_same_logits(variant, ids):
     llama = to_llama(model)
     with torch.no_grad():
         torch.testing.assert_close(llama(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_gates_come_back_after_a_replacement(ids):
+    model = make(**VARIANTS["infini"])
+    with torch.no_grad():
+        for block in model.blocks:  # others than a fresh patch draws
+            block.attention.longspan_gate.normal_()
+        llama, want = to_llama(model), model(ids)
+        with native_attention(llama).replaced(InfiniConfig(segment_length=20)):
+            assert not torch.allclose(llama(ids).logits, want, atol=1e-3)
+        torch.testing.assert_close(llama(ids).logits, want, rtol=1e-4, atol=1e-4)
+    gated = make(attention=InfiniConfig(segment_length=9, update="gated_delta"))
+    with pytest.raises(UnsupportedError, match="gated_delta"):
+        to_llama(gated)
 
 
 def test_same_continuation(ids):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError
 from ._console import console, errors, progress_bar, step
 
-__all__ = ["is_trained_here", "stream"]
+__all__ = ["stream"]
 
 
 class _Speaker(NamedTuple):
@@ -21,19 +20,6 @@ class _Speaker(NamedTuple):
     start: list[int]
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
-
-
-def is_trained_here(name: str) -> bool:
-    """Whether a model is one of longspan's reference transformers, shipped or in a folder."""
-    from ..models.shipped import shipped_models
-
-    if name in shipped_models():
-        return True
-    try:
-        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return not Path(name).is_dir() and name.startswith("longspan-")
-    return str(config.get("format", "")).startswith("longspan-")
 
 
 def stream(
@@ -100,7 +86,7 @@ def _speaker(
     from ._inputs import check_dtype
 
     precision = check_dtype(dtype, device)
-    if is_trained_here(name):
+    if _is_trained_here(name):
         if adapter is not None or attention is not None:
             raise ConfigError(
                 f"--adapter, --attention: came with {name!r}, whose attention is part of its "
@@ -114,6 +100,15 @@ def _speaker(
             "--attention (e.g. infini:segment_length=1024 or window:window=1024). Give one."
         )
     return _pretrained(name, adapter, attention, device, precision)
+
+
+def _is_trained_here(name: str) -> bool:
+    """Whether a model is one of longspan's reference transformers, shipped or in a folder."""
+    from ..models.shipped import is_longspan_model, shipped_models
+
+    if Path(name).is_dir():
+        return is_longspan_model(Path(name))
+    return name in shipped_models() or name.startswith("longspan-")
 
 
 def _trained(name: str, device: Any, dtype: Any) -> _Speaker:

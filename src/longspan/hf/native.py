@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LongspanWarning
 from ..exact.config import ExactConfig
@@ -26,10 +26,19 @@ class NativeAttention:
         model: gets the mechanism now, and an attribute by which `native_attention` finds this.
         config: of the mechanism. Exact attention needs no patch.
         no_positions: take the model's positions out for good: it was trained without.
+        learned: what the mechanism learned (gates), by the name of the parameter in the patched
+            model; put in again whenever the mechanism is.
     """
 
-    def __init__(self, model: nn.Module, config: Any, *, no_positions: bool) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        *,
+        no_positions: bool,
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.model, self.config, self._learned = model, config, dict(learned or {})
         if no_positions:
             self._positions = without_positions(model)
             self._positions.__enter__()
@@ -44,6 +53,12 @@ class NativeAttention:
             # "trained with softmax": this model was not
             warnings.simplefilter("ignore", LongspanWarning)
             self._patch = patch(self.model, self.config)
+        self._put_back_learned()
+
+    def _put_back_learned(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in self._learned:
+                parameter.data.copy_(self._learned[name])
 
     @contextmanager
     def replaced(self, config: Any, layers: Any = "all") -> Iterator[Patch]:
@@ -56,6 +71,7 @@ class NativeAttention:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", LongspanWarning)
                 report = patch(self.model, None, mapping)
+            self._put_back_learned()
             with report:
                 yield report
         finally:

@@ -59,8 +59,8 @@ def to_llama(model: Transformer) -> Any:
     """A LlamaForCausalLM that computes the same logits.
 
     Raises:
-        UnsupportedError: positions "alibi" or "forget", scaled rotary frequencies, or norms of
-            queries and keys.
+        UnsupportedError: positions "alibi" or "forget", scaled rotary frequencies, norms of
+            queries and keys, or a gated-delta memory, whose rates are projections of their own.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -71,12 +71,14 @@ def to_llama(model: Transformer) -> Any:
         or config.rope_scaling is not None
         or config.qk_norm
         or isinstance(attention, tuple)
+        or getattr(attention, "update", None) == "gated_delta"
     ):
         raise UnsupportedError(
             f"model: positions={config.positions!r}, rope_scaling={config.rope_scaling!r}, "
-            f"qk_norm={config.qk_norm}, attention={type(attention).__name__} came. Llama has a "
-            "form for positions 'rope' and 'none' without scaling and norms of queries, and one "
-            "attention for all layers. Use longspan.models.Transformer.load for this model."
+            f"qk_norm={config.qk_norm}, attention={attention} came. Llama has a form for "
+            "positions 'rope' and 'none' without scaling and norms of queries, and one attention "
+            "for all layers, not with update='gated_delta'. Use longspan.models.Transformer.load "
+            "for this model."
         )
     settings = LlamaConfig(
         vocab_size=config.vocab_size,
@@ -99,7 +101,12 @@ def to_llama(model: Transformer) -> Any:
     if config.positions == "none" or not isinstance(attention, ExactConfig):
         from ..hf.native import NativeAttention
 
-        NativeAttention(llama, attention, no_positions=config.positions == "none")
+        learned = {
+            f"model.layers.{name.split('.')[1]}.self_attn.{name.rpartition('.')[2]}": tensor
+            for name, tensor in model.state_dict().items()
+            if _is_learned(name)
+        }
+        NativeAttention(llama, attention, no_positions=config.positions == "none", learned=learned)
     return llama
 
 
@@ -110,8 +117,13 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "lm_head.weight": state["head.weight"],
     }
     for name, tensor in state.items():
-        if name.startswith("blocks."):
+        if name.startswith("blocks.") and not _is_learned(name):
             _, layer, part = name.split(".", 2)
             part = part.removesuffix(".weight")
             renamed[f"model.layers.{layer}.{_PARTS[part]}.weight"] = tensor
     return renamed
+
+
+def _is_learned(name: str) -> bool:
+    """Whether a parameter belongs to a mechanism: a gate."""
+    return name.rpartition(".")[2].startswith("longspan_")
