@@ -1,7 +1,8 @@
 """Context parallelism: one sequence over several ranks, on torch.distributed.
 
 Split a sequence with `SequenceLayout`, run attention with `ring_attention`, `ulysses_attention`,
-`infini_attention_across_ranks` or `hyper_attention_across_ranks`, sum the loss with `global_mean`. Names are resolved on first use.
+`infini_attention_across_ranks` or `hyper_attention_across_ranks`, sum the loss with `global_mean`.
+Names are resolved on first use.
 """
 
 from __future__ import annotations

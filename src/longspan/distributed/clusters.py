@@ -46,6 +46,7 @@ def hyper_attention_across_ranks(
     is_causal: bool = True,
     scale: float | None = None,
     enable_gqa: bool = False,
+    key_lengths: Tensor | None = None,
     seed: int = 0,
     config: HyperConfig = HyperConfig(),
     impl: Impl | str = "auto",
@@ -58,6 +59,7 @@ def hyper_attention_across_ranks(
         group: the ranks that share the sequence.
         layout: cut between chunks: multiple=config.chunk_size, or a multiple of it.
         is_causal: must be True.
+        key_lengths: must be None: a causal query sees no padding on the right anyway.
         scale, enable_gqa, seed, config: as in `hyper_attention`; structure="chunks".
         impl: "auto" or "eager".
 
@@ -73,8 +75,9 @@ def hyper_attention_across_ranks(
 
     Semantics:
         Equals `hyper_attention` of the whole sequence with the same seed on one process, up to the
-        order of sums (a tie between two clusters could fall differently). Right padding needs no
-        mention: the keys after a query are not seen.
+        order of sums (a tie between two clusters could fall differently). The gradients of keys are
+        cast to their dtype before they travel, so that in half precision they are rounded up to
+        four times instead of once.
 
     Cost:
         Bytes received per rank forward, with W = B H_kv (D + D_v): near keys and sinks, W e
@@ -93,7 +96,7 @@ def hyper_attention_across_ranks(
     """
     with verified(_NAME, group) as shared:
         check_local(_NAME, group, layout, {"query": query, "key": key, "value": value})
-        _check(config, layout, is_causal)
+        _check(config, layout, is_causal, key_lengths)
         call = validate(_NAME, query, key, value, is_causal=True, scale=scale,
                         enable_gqa=enable_gqa)  # fmt: skip
         if choose_impl(_NAME, impl, implementations(call, config)) is Impl.REFERENCE:
@@ -108,7 +111,19 @@ def hyper_attention_across_ranks(
         return _run(call, config, seed, group, layout)
 
 
-def _check(config: HyperConfig, layout: SequenceLayout, is_causal: bool) -> None:
+def _check(
+    config: Any, layout: SequenceLayout, is_causal: bool, key_lengths: Tensor | None
+) -> None:
+    if not isinstance(config, HyperConfig):
+        raise UnsupportedError(
+            f"{_NAME}: config is a {type(config).__name__}; only HyperConfig is allowed. Use "
+            "ring_attention or ulysses_attention."
+        )
+    if key_lengths is not None:
+        raise UnsupportedError(
+            f"{_NAME}: key_lengths were given; allowed is None. Leave them out, since no query "
+            "sees the padding after it, or use ulysses_attention."
+        )
     problem = None
     if config.structure != "chunks" or config.max_error is not None:
         problem = (
@@ -197,10 +212,10 @@ def _run(
         far = max((start + part.rows.length - config.window) // config.chunk_size, 0)
         keys, shift, places = _near_keys(near, wanted[group.rank], part, globals_, far)
         keys = keys.flatten(0, 1).to(columns.key.dtype)
+        near_key, near_value = torch.split(keys, [call.key.shape[3], call.value.shape[3]], 2)
         fetched = Fetched(
-            *keys.split((call.key.shape[3], call.value.shape[3]), 2), shift,
-            _first_columns(columns, far, config), _first_chunks(lookup, far, config, places),
-            opened,
+            near_key, near_value, shift, _first_columns(columns, far, config),
+            _first_chunks(lookup, far, config, places), opened,
         )  # fmt: skip
         results.append(
             attend_fetched(rows, fetched, chosen, config, call.scale, start, layout.length)
@@ -285,7 +300,7 @@ def _gather_columns(own: _Own, chunks: _Chunks, group: ContextGroup) -> tuple[Co
         table.append(columns.variance)
     per_chunk = _columns_per_chunk(config)
     got = _fetch(torch.cat(table, 3), chunks, per_chunk, group)
-    key, value, bias, owner, *variance = got.split([part.shape[3] for part in table], 3)
+    key, value, bias, owner, *variance = torch.split(got, [part.shape[3] for part in table], 3)
     number = torch.arange(key.shape[2], device=key.device) // max(per_chunk, 1)
     named = owner.detach().squeeze(-1).to(torch.int32)
     named = named + (number * config.clusters_per_chunk).to(torch.int32)
@@ -297,7 +312,7 @@ def _gather_columns(own: _Own, chunks: _Chunks, group: ContextGroup) -> tuple[Co
     guide += [lookup.variance] if config.probe_spread else []
     with torch.no_grad():
         came = _fetch(torch.cat(guide, 3), chunks, config.clusters_per_chunk, group)
-    counts, *rest = came.split([part.shape[3] for part in guide], 3)
+    counts, *rest = torch.split(came, [part.shape[3] for part in guide], 3)
     mean = key.detach() if by_mean else rest[0]
     none = lookup.counts.new_zeros((*counts.shape[:2], 0))
     return all_columns, ChunkIndex(
@@ -314,7 +329,7 @@ def _gather_globals(call: Call, own: _Own, chunks: _Chunks, group: ContextGroup)
     at = own.lookup.globals.long().flatten(2).unsqueeze(-1).expand(-1, -1, -1, both.shape[3])
     rows = both.gather(2, at)
     rows = _fetch(rows, chunks, count, group) if count else rows[:, :, :0]
-    return rows.unflatten(2, (chunks.needed[group.rank], count))
+    return rows.reshape(*rows.shape[:2], chunks.needed[group.rank], count, rows.shape[3])
 
 
 def _fetch(table: Tensor, chunks: _Chunks, per_chunk: int, group: ContextGroup) -> Tensor:
@@ -463,9 +478,7 @@ def _first_columns(columns: Columns, far: int, config: HyperConfig) -> Columns:
     return Columns(*parts)  # type: ignore[arg-type]
 
 
-def _first_chunks(
-    lookup: ChunkIndex, far: int, config: HyperConfig, places: Tensor
-) -> ChunkIndex:
+def _first_chunks(lookup: ChunkIndex, far: int, config: HyperConfig, places: Tensor) -> ChunkIndex:
     count = far * config.clusters_per_chunk
     cut = ChunkIndex(*(t[:, :, :count].flatten(0, 1).unsqueeze(0) for t in lookup))
     return cut._replace(globals=places)

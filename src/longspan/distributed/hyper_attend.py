@@ -154,7 +154,12 @@ class _Attend(torch.autograd.Function):
 def _assembled(plan: _Plan, tensors: Any) -> tuple[Side, Pieces, Tensor]:
     key, value, column_key, column_value, variance, piece_keys, piece_values, *fixed = tensors
     count = len(ChunkIndex._fields)
-    bias, owner, lookup, (chosen, *slots) = fixed[0], fixed[1], fixed[2 : 2 + count], fixed[2 + count :]
+    bias, owner, lookup, (chosen, *slots) = (
+        fixed[0],
+        fixed[1],
+        fixed[2 : 2 + count],
+        fixed[2 + count :],
+    )
     columns = Columns(column_key, column_value, bias, owner, variance)
     side = Side(key, value, columns, ChunkIndex(*lookup), plan.config, True, plan.scale)
     return side, Pieces(piece_keys, piece_values, *slots), chosen
@@ -184,7 +189,8 @@ def _inside(block: Block, rows: slice) -> slice:
 
 def _grouped(tensor: Tensor, groups: int) -> Tensor:
     """(B, H, n, ...) to (B H_kv, G, n, ...)."""
-    return tensor.reshape(groups, -1, *tensor.shape[2:])
+    group = tensor.shape[0] * tensor.shape[1] // groups
+    return tensor.reshape(groups, group, *tensor.shape[2:])
 
 
 def _join(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
