@@ -73,15 +73,15 @@ def study(
     if report:
         return _write_report(info.package, folder)
     if info.name == "hyper-pretrained":
-        from ..eval.data import iter_texts
         from ..models import load
         from ..studies.hyper_pretrained.run import PARTS, run_pretrained
+        from ..studies.hyper_pretrained.texts import heldout_texts
 
         with step(f"model {model}"):
             loaded = load(model, device=check_device(device))
         finished = run_pretrained(
             loaded,
-            list(iter_texts(heldout)),
+            heldout_texts(heldout),
             folder,
             tokens=tokens,
             prompts=prompts,

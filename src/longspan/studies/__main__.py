@@ -81,14 +81,14 @@ def _length(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[boo
 def _hyper(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[bool, list[str]]:
     import torch
 
-    from ..eval.data import iter_texts
     from ..models import load
     from .hyper_pretrained.run import PARTS, run_pretrained
+    from .hyper_pretrained.texts import heldout_texts
 
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     outcome = run_pretrained(
         load(chosen.model, device=device, dtype=getattr(torch, chosen.dtype)),
-        list(iter_texts(chosen.heldout)),
+        heldout_texts(chosen.heldout),
         chosen.out,
         tokens=[int(n) for n in chosen.tokens.split(",")],
         documents=chosen.documents,
