@@ -34,16 +34,18 @@ _MAPS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 2))
 _TURNS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 2))
 _AFFINE = (KernelConfig(0, 16, 4, 2), KernelConfig(0, 16, 8, 1))
 
-# Hopper
-_HOPPER_SUMS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 64, 8, 3))
-_HOPPER_SUMS_BWD = (KernelConfig(8, 64, 4, 2), KernelConfig(8, 64, 8, 2))
-_HOPPER_MIX = (KernelConfig(64, 4, 4, 2), KernelConfig(128, 4, 8, 2))
-_HOPPER_MIX_BWD = (KernelConfig(64, 4, 4, 1), KernelConfig(128, 4, 8, 1))
-_HOPPER_MEMORY_BWD = (KernelConfig(64, 0, 4, 2), KernelConfig(64, 0, 8, 3))
+# Hopper; head dim 128 measured on an H100 (`tune` rows of benchmarks/results/h100-infini-train.jsonl).
+# What spills is the fastest all the same: sums_bwd 0.85 ms (40 bytes) against 0.93, mix_bwd 1.45
+# (400 bytes) against 1.67 with tiles that spill less.
+_HOPPER_SUMS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 3, 128))
+_HOPPER_SUMS_BWD = (KernelConfig(8, 64, 4, 2), KernelConfig(8, 64, 4, 1))
+_HOPPER_MIX = (KernelConfig(64, 4, 4, 2), KernelConfig(64, 8, 4, 2))
+_HOPPER_MIX_BWD = (KernelConfig(64, 4, 4, 1), KernelConfig(64, 8, 4, 1))
+_HOPPER_MEMORY_BWD = (KernelConfig(64, 0, 4, 2), KernelConfig(32, 0, 8, 3))
 _HOPPER_DELTA_BWD = (KernelConfig(8, 64, 4, 1), KernelConfig(8, 32, 8, 1))
-_HOPPER_MAPS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 64, 8, 2))
+_HOPPER_MAPS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 32, 8, 3))
 _HOPPER_TURNS = (KernelConfig(0, 64, 4, 2), KernelConfig(0, 64, 4, 2))
-_HOPPER_AFFINE = (KernelConfig(0, 32, 4, 2), KernelConfig(0, 32, 8, 2))
+_HOPPER_AFFINE = (KernelConfig(0, 32, 4, 2), KernelConfig(0, 32, 8, 3))
 
 
 def major_of(device: torch.device) -> int:
