@@ -47,14 +47,16 @@ TUNED: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSizes:
-    """model: sizes. length, batch_size: of all training and of what is measured. base_steps,
-    tune_steps; base_rate, tune_rate: peaks. windows_per_book: measured. smallest: `min_length` of
-    the mechanisms, below which they are exact; None keeps theirs.
+    """model: sizes. length: of all training and of what is measured. base_batch, tune_batch:
+    sequences per step; base_steps, tune_steps; base_rate, tune_rate: peaks. windows_per_book:
+    measured. smallest: `min_length` of the mechanisms, below which they are exact; None keeps
+    theirs.
     """
 
     model: dict[str, int]
     length: int
-    batch_size: int
+    base_batch: int
+    tune_batch: int
     base_steps: int
     tune_steps: int
     base_rate: float
@@ -67,9 +69,10 @@ class FinetuneSizes:
 FULL = FinetuneSizes(
     model={"width": 512, "layers": 6, "heads": 8, "mlp_width": 1408},
     length=8192,
-    batch_size=8,
+    base_batch=8,
+    tune_batch=2,
     base_steps=700,
-    tune_steps=300,
+    tune_steps=200,
     base_rate=2e-3,
     tune_rate=4e-4,
     windows_per_book=4,
@@ -79,7 +82,8 @@ FULL = FinetuneSizes(
 SMALL = FinetuneSizes(
     model={"width": 64, "layers": 2, "heads": 2},
     length=2048,
-    batch_size=1,
+    base_batch=1,
+    tune_batch=1,
     base_steps=60,
     tune_steps=20,
     base_rate=4e-3,
@@ -231,7 +235,7 @@ class _Study:
             model=model,
             steps=steps,
             length=sizes.length,
-            batch_size=sizes.batch_size,
+            batch_size=sizes.base_batch if is_base else sizes.tune_batch,
             learning_rate=sizes.base_rate if is_base else sizes.tune_rate,
             warmup_steps=max(1, steps // 10),
             seed=0 if is_base else 1,
