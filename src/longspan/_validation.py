@@ -275,10 +275,12 @@ def _check_key_lengths(name: str, key_lengths: Tensor, batch: int, device: torch
 
 
 def _scale(name: str, scale: float | None, head_dim: int) -> float:
+    number: float
     if scale is None:
-        return float(head_dim) ** -0.5
+        number = float(head_dim) ** -0.5
+        return number
     try:
-        number: float = math.nan if isinstance(scale, (str, bytes)) else float(scale)
+        number = math.nan if isinstance(scale, (str, bytes)) else float(scale)
     except (TypeError, ValueError, RuntimeError):  # float() of a list, of a tensor of many numbers
         number = math.nan
     if not math.isfinite(number):
