@@ -6,8 +6,6 @@ Every scheme is first compared with one GPU's result (`--check` tokens, output a
 timed forward and forward+backward: the slowest rank counts. "one GPU" is the mechanism's own
 function, in the same run. Rows carry the bytes that a rank receives per call, as counted from the
 calls to torch.distributed. On a machine without GPUs it runs on gloo, to try the script out.
-
-These rows have not been made yet: no machine with several GPUs was at hand.
 """
 
 from __future__ import annotations
@@ -169,11 +167,13 @@ class Bench:
             )
             return transfer(operations)
 
-        def counting_exchange(output, *args, **kwargs):
-            # what a rank sends to itself does not move; parts are of about one size
-            share = (self.group.size - 1) / self.group.size
+        def counting_exchange(output, input, output_split_sizes=None, *args, **kwargs):
+            share = (self.group.size - 1) / self.group.size  # a rank's part to itself stays
+            if output_split_sizes is not None:
+                kept = output_split_sizes[self.group.rank] / max(sum(output_split_sizes), 1)
+                share = 1 - kept
             self.received += int(output.numel() * output.element_size() * share)
-            return exchange(output, *args, **kwargs)
+            return exchange(output, input, output_split_sizes, *args, **kwargs)
 
         dist.batch_isend_irecv, dist.all_to_all_single = counting_transfer, counting_exchange
 

@@ -44,6 +44,13 @@ def test_train_then_generate(longspan, texts, tmp_path):
     code, stopped, _ = longspan(*ask, "--seed", 3, "--early-stop", 1e-6)
     assert code == 0
     assert stopped == first
+    compare = ("compare", "--model", out / "model", "--text", texts / "heldout", "--length", 100)
+    code, shown, note = longspan(*compare, "--out", tmp_path / "compared")
+    assert code == 0
+    assert "stick_breaking:early_stop" in shown
+    assert "this model's own attention" in note
+    compared = [json.loads(x) for x in (tmp_path / "compared" / "rows.jsonl").open()]
+    assert {row["mechanism"] for row in compared} == {"exact", "stick_breaking"}
     code, _, error = longspan(*ask, "--text", texts / "train")
     assert code == 2
     assert "--prompt" in error

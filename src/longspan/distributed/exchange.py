@@ -223,14 +223,15 @@ class _AllToAll(torch.autograd.Function):
 def _all_to_all(
     group: ContextGroup, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, ...]:
-    sent = torch.cat([part.reshape(-1) for part in parts])
+    own = group.rank
+    leaving = [part.reshape(-1) for rank, part in enumerate(parts) if rank != own]
     counts = [torch.Size(shape).numel() for shape in shapes]
+    sizes = [part.numel() for part in parts]
+    counts[own] = sizes[own] = 0  # NCCL moves a rank's part to itself, too, and slowly
+    sent = torch.cat(leaving) if len(leaving) > 1 else leaving[0].contiguous()
     received = sent.new_empty(sum(counts))
     with group.guard("all_to_all"):
-        dist.all_to_all_single(
-            received, sent, counts, [part.numel() for part in parts], group=group.group
-        )
-    return tuple(
-        piece.view(shape)
-        for piece, shape in zip(torch.split(received, counts), shapes, strict=True)
-    )
+        dist.all_to_all_single(received, sent, counts, sizes, group=group.group)
+    pieces = list(torch.split(received, counts))
+    pieces[own] = parts[own]
+    return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))

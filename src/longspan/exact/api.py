@@ -42,6 +42,7 @@ _HOPPER_ORDER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_CUDNN_WIDEST = 128
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -149,7 +150,7 @@ def exact_attention_with_lse(
 
     Raises:
         ShapeError, UnsupportedError: as `exact_attention`; also for dropout, for a mask that
-            requires a gradient, and for the backends "cudnn" and "efficient".
+            requires a gradient, and for the backend "efficient".
 
     Cost:
         As `exact_attention`, never N_q x N_k memory, forward or backward. The gradient through
@@ -334,14 +335,21 @@ def _torch_call(
 
 
 class _DenseGradient(torch.autograd.Function):
-    """Identity whose gradient is contiguous."""
+    """Identity whose gradient lies in memory without gaps, as the output does or contiguous.
+
+    A gradient in the output's layout needs no copy: torch would bring a contiguous one into it.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.strides = output.stride()
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        extent = 1 + sum((n - 1) * s for n, s in zip(grad.shape, grad.stride(), strict=True))
+        if grad.stride() == ctx.strides and extent == grad.numel():
+            return grad
         return grad.contiguous()
 
 
@@ -355,19 +363,24 @@ def _lse_backend(
             return "cpu", None
         half = call.query.is_cuda and call.query.dtype in _HALF
         return ("flash" if half and attn_mask is None else "chunked"), None
-    if backend in ("cudnn", "efficient"):
+    if backend == "efficient":
         return backend, (
-            f"backend {backend!r} takes no query_offset, key_lengths or other value dim and "
-            "returns no lse here; allowed are auto, flash, cpu and chunked"
+            "backend 'efficient' takes no query_offset, key_lengths or other value dim and "
+            "returns no lse here; allowed are auto, flash, cudnn, cpu and chunked"
         )
     if backend != "chunked" and attn_mask is not None:
         return backend, f"backend {backend!r} takes no attn_mask; allowed are auto and chunked"
     if backend == "cpu" and call.query.device.type != "cpu":
         return backend, f"backend 'cpu' needs CPU tensors, query is on {call.query.device}"
-    if backend == "flash" and not (call.query.is_cuda and call.query.dtype in _HALF):
+    if backend in ("flash", "cudnn") and not (call.query.is_cuda and call.query.dtype in _HALF):
         return backend, (
-            f"backend 'flash' needs float16 or bfloat16 on CUDA, query is {call.query.dtype} on "
-            f"{call.query.device}"
+            f"backend {backend!r} needs float16 or bfloat16 on CUDA, query is {call.query.dtype} "
+            f"on {call.query.device}"
+        )
+    if backend == "cudnn" and max(call.query.shape[-1], call.value.shape[-1]) > _CUDNN_WIDEST:
+        return backend, (
+            f"backend 'cudnn' takes head dims to {_CUDNN_WIDEST} here, query has "
+            f"{call.query.shape[-1]}, value {call.value.shape[-1]}; use auto or flash"
         )
     return backend, None
 

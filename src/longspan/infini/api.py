@@ -244,6 +244,8 @@ def infini_attention_varlen(
     gate: Tensor | None = None,
     memory_query: Tensor | None = None,
     memory_key: Tensor | None = None,
+    write_gate: Tensor | None = None,
+    log_decay: Tensor | None = None,
     config: InfiniConfig = InfiniConfig(),
     impl: Impl | str = "auto",
 ) -> Tensor:
@@ -257,6 +259,7 @@ def infini_attention_varlen(
         max_seqlen_q, max_seqlen_k: longest sequence, or any upper bound; Python ints.
         is_causal: True.
         memory_query, memory_key: (total, H, D) without position encoding; default: query and key.
+        write_gate, log_decay: (total_k, H_kv), of `update="gated_delta"`.
         scale, enable_gqa, gate, config, impl: as in `infini_attention`.
 
     Returns:
@@ -292,6 +295,13 @@ def infini_attention_varlen(
                 f"as {label.removeprefix('memory_')} is. Leave it out if there are no positions."
             )
 
+    for label, rate in (("write_gate", write_gate), ("log_decay", log_decay)):
+        if rate is not None and rate.shape != key.shape[:2]:
+            raise ShapeError(
+                f"{name}: {label} is {tuple(rate.shape)}; it must be (total_k, H_kv) = "
+                f"{tuple(key.shape[:2])}, one number per key. Leave it out for none."
+            )
+
     def part(tensor: Tensor | None, start: int, end: int) -> Tensor | None:
         return None if tensor is None else tensor[start:end].transpose(0, 1).unsqueeze(0)
 
@@ -308,6 +318,8 @@ def infini_attention_varlen(
             gate=gate,
             memory_query=part(memory_query, q_start, q_end),
             memory_key=part(memory_key, k_start, k_end),
+            write_gate=part(write_gate, k_start, k_end),
+            log_decay=part(log_decay, k_start, k_end),
             config=config,
             impl=impl,
         )

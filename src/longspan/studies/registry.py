@@ -24,6 +24,11 @@ _TABLE = (
         package="stick_breaking_length",
         question="Does perplexity keep improving beyond the training length?",
     ),
+    StudyInfo(
+        name="hyper-pretrained",
+        package="hyper_pretrained",
+        question="What does HyperAttention cost in a pretrained model?",
+    ),
 )
 
 STUDIES: dict[str, StudyInfo] = {info.name: info for info in _TABLE}

@@ -8,6 +8,7 @@ into a high and a low part (two columns), so that it keeps its accuracy.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -170,5 +171,57 @@ def _flash_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
+def _cudnn_forward(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    output, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, is_causal, False, scale=scale
+    )
+    return output, lse.reshape(q.shape[:3])
+
+
+def _cudnn_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.zeros((), dtype=torch.int64, device=q.device)  # dropout state, unused
+    if _cudnn_lse_dims(q.device) == 4:
+        lse = lse.unsqueeze(-1)
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+        grad.contiguous(),  # a slice of a longer gradient gives wrong results (torch 2.11)
+        q,
+        k,
+        v,
+        output.contiguous(),
+        lse.contiguous(),
+        state,
+        state,
+        None,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        is_causal,
+        scale=scale,
+    )
+    return dq, dk, dv
+
+
+@functools.cache
+def _cudnn_lse_dims(device: torch.device) -> int:
+    """Dimensions of cuDNN's lse: torch adds a last axis of one in some versions."""
+    probe = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    lse: Tensor = aten._scaled_dot_product_cudnn_attention(probe, probe, probe, None, True)[1]
+    return lse.ndim
+
+
 CPU = Vendor(_cpu_forward, _cpu_backward, aligns_at_end=False, multiple=1)
+CUDNN = Vendor(_cudnn_forward, _cudnn_backward, aligns_at_end=False, multiple=8)
 FLASH = Vendor(_flash_forward, _flash_backward, aligns_at_end=True, multiple=8)
