@@ -36,6 +36,7 @@ def study(
     name
         stick-breaking-length: does perplexity keep improving beyond the training length?
         hyper-pretrained: what does HyperAttention cost in a pretrained model?
+        hyper-finetune: does training under it close its gap to exact attention?
     train
         Texts to train on: a folder of .txt files or an archive.
     heldout
@@ -73,15 +74,15 @@ def study(
     if report:
         return _write_report(info.package, folder)
     if info.name == "hyper-pretrained":
-        from ..eval.data import iter_texts
         from ..models import load
         from ..studies.hyper_pretrained.run import PARTS, run_pretrained
+        from ..studies.hyper_pretrained.texts import heldout_texts
 
         with step(f"model {model}"):
             loaded = load(model, device=check_device(device))
         finished = run_pretrained(
             loaded,
-            list(iter_texts(heldout)),
+            heldout_texts(heldout),
             folder,
             tokens=tokens,
             prompts=prompts,
@@ -110,6 +111,20 @@ def study(
     if prepare_only:
         console.print(f"Prepared: {data.absolute()}", soft_wrap=True)
         return 0
+    if info.name == "hyper-finetune":
+        from ..studies.hyper_finetune import run as finetune
+
+        finished = finetune.run_finetune(
+            open_data(data),
+            folder,
+            sizes=finetune.SMALL if small else finetune.FULL,
+            device=check_device(device),
+            stop_after=stop_after,
+            listener=_say,
+        ).is_finished
+        if not finished:
+            console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
+        return _write_report(info.package, folder)
     outcome = run_study(
         open_data(data),
         folder,

@@ -34,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     hyper.add_argument("--setting", action="append", help="a name or settings; repeats")
     hyper.add_argument("--impl", default="auto")
     hyper.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    for one in (length, hyper):
+    finetune = studies.add_parser("hyper-finetune")
+    finetune.add_argument("--data", type=Path, required=True, help="folder of `prepare_data`")
+    finetune.add_argument("--small", action="store_true", help="sizes for a processor")
+    for one in (length, hyper, finetune):
         one.add_argument("--out", type=Path, required=True, help="folder of the run")
         one.add_argument("--stop-after", type=float, help="seconds until this call returns")
         one.add_argument("--device")
@@ -48,8 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{time.monotonic() - begin:7.1f} s  {text}", flush=True)
 
     try:
-        run = _length if chosen.study == "stick-breaking-length" else _hyper
-        outcome, failures = run(chosen, say)
+        runs = {
+            "stick-breaking-length": _length,
+            "hyper-pretrained": _hyper,
+            "hyper-finetune": _finetune,
+        }
+        outcome, failures = runs[chosen.study](chosen, say)
     except LongspanError as error:
         print(f"longspan: {error}", file=sys.stderr)
         return 2
@@ -81,14 +88,14 @@ def _length(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[boo
 def _hyper(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[bool, list[str]]:
     import torch
 
-    from ..eval.data import iter_texts
     from ..models import load
     from .hyper_pretrained.run import PARTS, run_pretrained
+    from .hyper_pretrained.texts import heldout_texts
 
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
     outcome = run_pretrained(
         load(chosen.model, device=device, dtype=getattr(torch, chosen.dtype)),
-        list(iter_texts(chosen.heldout)),
+        heldout_texts(chosen.heldout),
         chosen.out,
         tokens=[int(n) for n in chosen.tokens.split(",")],
         documents=chosen.documents,
@@ -97,6 +104,21 @@ def _hyper(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[bool
         settings=chosen.setting,
         parts=chosen.parts.split(",") if chosen.parts else PARTS,
         impl=chosen.impl,
+        stop_after=chosen.stop_after,
+        listener=say,
+    )
+    return outcome.is_finished, []
+
+
+def _finetune(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[bool, list[str]]:
+    from .hyper_finetune.run import FULL, SMALL, run_finetune
+    from .stick_breaking_length.data import open_data
+
+    outcome = run_finetune(
+        open_data(chosen.data),
+        chosen.out,
+        sizes=SMALL if chosen.small else FULL,
+        device=chosen.device,
         stop_after=chosen.stop_after,
         listener=say,
     )

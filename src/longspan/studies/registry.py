@@ -29,6 +29,11 @@ _TABLE = (
         package="hyper_pretrained",
         question="What does HyperAttention cost in a pretrained model?",
     ),
+    StudyInfo(
+        name="hyper-finetune",
+        package="hyper_finetune",
+        question="Does training under HyperAttention close its gap to exact attention?",
+    ),
 )
 
 STUDIES: dict[str, StudyInfo] = {info.name: info for info in _TABLE}
