@@ -74,7 +74,7 @@ class HyperConfig:
     chunk_size: int = 512
     cluster_size: int = 16
     num_probes: int = 16
-    probe_spread: float = 0.0
+    probe_spread: float = 2.0
     num_globals: int = 0
     block_size: int = 256
     min_length: int = 2048
@@ -96,6 +96,7 @@ class HyperConfig:
             "num_samples": 256,
             "num_projections": 7,
             "num_sinks": 0,
+            "probe_spread": 0.0,
         }
         return cls(**{**paper, **settings})
 
