@@ -11,7 +11,6 @@ from ...errors import ConfigError
 from ...eval.report.numbers import MISSING, count_text, percent_text, value_text
 from ...eval.report.svg import NUM_COLOURS, Series, line_plot
 from ...eval.statistics import standard_error
-from ...hyper.config import HyperConfig
 from ..registry import STUDIES
 from ..report import Report, Section, Table, Verdict
 from .settings import SETTINGS
@@ -352,17 +351,7 @@ def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _differences(rows: Sequence[Row]) -> list[str]:
-    spread = HyperConfig().probe_spread
-    older = any(
-        row.get("setting") == "default" and f"probe_spread={spread}" not in str(row.get("config"))
-        for row in rows
-    )
-    note = (
-        'Rows called "default" were made with the default of their time, without probe_spread; '
-        'today\'s is the row "pca of 16, p=16, spread 2", chosen on books of the training set.'
-    )
     return [
-        *([note] if older else []),
         f"The model is {rows[0]['model']} at its trained length; the paper's is ChatGLM2-6B-32k "
         "at 32k, where a cheaper method has more to skip and a larger model more to spare.",
         "Held-out books before 1929 in place of LongBench texts; perplexity is e to the mean loss.",
