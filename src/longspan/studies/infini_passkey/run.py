@@ -22,12 +22,12 @@ from ...train.tokenizer import load_tokenizer
 from ..clock import Clock, OutOfTime
 from ..stick_breaking_length.data import StudyData
 from .asking import HAYSTACKS, ask
-from .sizes import FULL, PasskeySizes
+from .sizes import FULL, SMALL, PasskeySizes
 from .task import Words, read_words
 from .training import Training, train_variant
 from .variants import VARIANTS, gate_shares
 
-__all__ = ["STUDY", "PasskeyOutcome", "phases", "run_passkey"]
+__all__ = ["FULL", "SMALL", "STUDY", "PasskeyOutcome", "phases", "run_passkey"]
 
 STUDY = "infini-passkey"
 Row = Mapping[str, Any]

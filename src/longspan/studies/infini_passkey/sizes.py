@@ -72,7 +72,7 @@ class PasskeySizes:
 
 
 FULL = PasskeySizes(
-    model={"width": 128, "layers": 3, "heads": 4, "head_dim": 32},
+    model={"width": 128, "layers": 3, "heads": 4, "head_dim": 64},
     stages=(
         Stage(share=0.25, segment=32, length=192),
         Stage(share=0.15, segment=64, length=512),

@@ -142,7 +142,7 @@ def draw_prompts(
                 f"{length:,}, the length of a prompt. Pass a longer text."
             )
         from_book = (shift * (len(book) - length)).long().to(book.device)
-        hay = torch.stack([book[i : i + length] for i in from_book.tolist()]).to(device).long()
+        hay = book[from_book[:, None] + torch.arange(length, device=book.device)].to(ids)
         ids = torch.where(natural.to(device)[:, None], hay, ids)
 
     def spread(part: Tensor) -> Tensor:
