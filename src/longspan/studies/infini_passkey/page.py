@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ class Rate(NamedTuple):
         if not self.trials:
             return MISSING
         low, high = wilson_interval(self.found, self.trials)
-        return f"{percent_text(self.share)} ({100 * low:.0f}–{100 * high:.0f})"
+        return f"{percent_text(self.share)} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def rate(
@@ -189,7 +190,11 @@ def _verdicts(rows: Sequence[Row], sizes: Row, is_full: bool) -> list[Verdict]:
             _length_numbers(rows, name, lengths, haystack=haystack),
         )
         for label, name, haystack in (
-            ("The corrected delta rule finds it in a million tokens", "delta-corrected", "landmark"),
+            (
+                "The corrected delta rule finds it in a million tokens",
+                "delta-corrected",
+                "landmark",
+            ),
             ("Training behind filled memories carries it to a million", "prefilled", "landmark"),
             ("The linear rule finds it in a million tokens of natural text", "linear", "book"),
             ("So does training behind filled memories, in natural text", "prefilled", "book"),
@@ -245,7 +250,7 @@ def _found_section(rows: Sequence[Row], sizes: Row, haystack: str) -> Section:
             low, high = wilson_interval(far.found, far.trials)
             cells.append(
                 f"{'/'.join(f'{100 * s.share:.0f}' for s in shares)} "
-                f"({100 * low:.0f}–{100 * high:.0f})"
+                f"({100 * low:.0f} to {100 * high:.0f})"
                 if far.trials
                 else MISSING
             )
@@ -308,7 +313,7 @@ def _gate_section(trained: Mapping[tuple[str, int], Row]) -> Section:
         moved = statistics.fmean(abs(a - b) for a, b in zip(shares, before, strict=True))
         counts = [
             sum(low <= share < high or (high == 1.0 and share == 1.0) for share in shares)
-            for low, high in zip(edges, edges[1:], strict=False)
+            for low, high in itertools.pairwise(edges)
         ]
         lines.append([
             variant.label, *map(str, counts),
@@ -323,7 +328,7 @@ def _gate_section(trained: Mapping[tuple[str, int], Row]) -> Section:
         "0.05 to 0.95. Plotted: heads that mix both, between 0.05 and 0.95.",
         svg=bar_plot(bars) if bars else None,
         table=Table(
-            head=["model", *(f"{low:.1f}–{low + 0.1:.1f}" for low in edges[:-1]),
+            head=["model", *(f"{low:.1f} to {low + 0.1:.1f}" for low in edges[:-1]),
                   "below 0.05", "above 0.95", "mean move since the first log"],
             lines=lines,
         ),

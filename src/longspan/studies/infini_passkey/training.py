@@ -135,8 +135,10 @@ def train_variant(
                 "seconds": round(seconds, 3), "gates": gate_shares(model),
             })  # fmt: skip
             if done % (10 * sizes.log_every) == 0 or is_last:
-                say(f"{training.variant.name}, seed {seed}: step {done} of {steps}, "
-                    f"{stage.length} tokens, answer {answer:.3f} nats, {right:.1%} of digits")  # fmt: skip
+                say(
+                    f"{training.variant.name}, seed {seed}: step {done} of {steps}, "
+                    f"{stage.length} tokens, answer {answer:.3f} nats, {right:.1%} of digits"
+                )
             over = clock.left is not None and clock.left <= 0.0
             if done % sizes.checkpoint_every == 0 or is_last or over:
                 save_checkpoint(folder, model, optimizer, Progress(done, seconds))
@@ -213,9 +215,7 @@ def filled_state(
     return TransformerState(layers=tuple(layers), seen=state.seen)
 
 
-def _optimizer(
-    model: Transformer, sizes: PasskeySizes, device: torch.device
-) -> torch.optim.AdamW:
+def _optimizer(model: Transformer, sizes: PasskeySizes, device: torch.device) -> torch.optim.AdamW:
     gates = [p for n, p in model.named_parameters() if "longspan_gate" in n and p.requires_grad]
     others = [p for n, p in model.named_parameters() if "longspan_gate" not in n]
     groups: list[dict[str, Any]] = [

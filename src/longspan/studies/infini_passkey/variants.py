@@ -18,8 +18,8 @@ from ...models.transformer_config import TransformerConfig
 
 __all__ = ["VARIANTS", "Variant", "build_model", "gate_shares", "hidden_after", "set_segments"]
 
-_SHUT = -100.0  # sigmoid is 0 in float32: the memory is never read
-_OPEN = 100.0
+_SHUT = -1000.0  # its sigmoid is 0: the memory is never read
+_OPEN = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,9 +136,7 @@ def _detached(self: Attention, x: Tensor, rotation: Any, documents: Any) -> Tens
     segment = self.mechanism.config.segment_length
     gate = self.longspan_gate
     assert isinstance(gate, nn.Parameter)
-    local = self.mechanism.whole(
-        q, k, v, None, {**plain, "gate": torch.full_like(gate, _SHUT)}
-    )
+    local = self.mechanism.whole(q, k, v, None, {**plain, "gate": torch.full_like(gate, _SHUT)})
     memory = self.mechanism.whole(
         q, k.detach(), v.detach(), None,
         {"memory_query": plain["memory_query"], "memory_key": plain["memory_key"].detach(),
