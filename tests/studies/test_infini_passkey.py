@@ -16,6 +16,7 @@ from longspan.studies.infini_passkey.sizes import FULL, SMALL, Stage
 from longspan.studies.infini_passkey.task import DIGITS, draw_prompts, read_words
 from longspan.studies.infini_passkey.training import (
     Training,
+    fill_growth,
     filled_state,
     passkey_loss,
     train_variant,
@@ -161,7 +162,8 @@ def test_filled_memories_are_those_of_long_filler(words, book):
     period = len(words.filler)
     model = build_model(VARIANTS["prefilled"], MODEL, vocab_size=300, segment=period, seed=0)
     prompts = draw_prompts(words, length=600, count=4, seed=1)  # no book among them
-    state = filled_state(training, model, Stage(share=1.0, segment=period, length=600), prompts, 3)
+    stage = Stage(share=1.0, segment=period, length=600)
+    state = filled_state(training, model, stage, prompts, 3, 1.0)
     ids = words.filler.repeat(32)[None]
     with torch.no_grad():
         _, long = hidden_after(model, ids, None)  # twice as long as what filled_state reads
@@ -173,6 +175,7 @@ def test_filled_memories_are_those_of_long_filler(words, book):
     assert ratios.max() <= (1 << 20) / (32 * period) * 1.001
     scaled = wanted.memory * ratios[:, :1, None, None]
     torch.testing.assert_close(layer.memory, scaled, rtol=1e-3, atol=1e-2)
+    assert [fill_growth(step, 6) for step in (0, 2, 3, 5)] == pytest.approx([0, 0, 1 / 3, 1])
     losses = passkey_loss(model, words, prompts, SIZES, state, 0)
     without = passkey_loss(model, words, prompts, SIZES, None, 0)
     assert losses.answer != without.answer

@@ -169,8 +169,9 @@ def _step(
         training.device.type, dtype=torch.bfloat16, enabled=training.dtype is torch.bfloat16
     ):
         state = None
-        if training.variant.prefilled and step % 2:
-            state = filled_state(training, model, stage, prompts, seed)
+        grown = fill_growth(step, training.steps)
+        if training.variant.prefilled and grown and step % 2:
+            state = filled_state(training, model, stage, prompts, seed, grown)
         losses = passkey_loss(model, training.words, prompts, sizes, state, seed)
     losses.total.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -181,6 +182,15 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack([losses.answer, losses.copy, losses.text, losses.right])
+
+
+def fill_growth(step: int, steps: int) -> float:
+    """How far filled memories have grown, 0 .. 1 on a logarithmic scale.
+
+    From the start on they keep a model from learning to read the memory at all; so the first
+    third of the steps goes without, and they are as long as they get after five sixths.
+    """
+    return min(1.0, max(0.0, 2 * step / steps - 2 / 3))
 
 
 @torch.no_grad()
@@ -201,7 +211,7 @@ def filled_state(
     ids = torch.stack((periodic, training.book[start : start + length].long()))
     _, state = hidden_after(model, ids, None)
     most = _LONGEST_MEMORY / length
-    scale = most ** torch.rand(len(prompts.ids), generator=draw)
+    scale = most ** (grown * torch.rand(len(prompts.ids), generator=draw))
     scale = scale.to(training.device)
     layers = []
     for layer in cast(tuple[InfiniState, ...], state.layers):
