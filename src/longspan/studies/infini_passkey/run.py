@@ -196,6 +196,7 @@ class _Study:
             {**name, "haystack": haystack, "length": length}
             for haystack in HAYSTACKS
             for length in lengths
+            if haystack != "book" or length in self.sizes.book_lengths
         ]
         missing = [cell for cell in cells if self.rows.find(self._key("passkey", cell)) is None]
         trained = self.rows.find(self._key("trained", name))

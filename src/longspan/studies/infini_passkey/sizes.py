@@ -26,9 +26,10 @@ class PasskeySizes:
     drawn places of each sequence. book_share: of sequences whose filler is natural text.
     steps: where no budget is given; step_share: share of a budget for training.
 
-    trials: prompts per cell, by length; its lengths are those that are asked. full_lengths: of
-    them, those that full attention is asked at. control_lengths: those for forced-local gates and
-    detached memories after the first seed. chunk_tokens: tokens of all rows of a stream at a time.
+    trials: prompts per cell, by length; its lengths are those that are asked. book_lengths: of
+    them, those with natural text. full_lengths: those that full attention is asked at.
+    control_lengths: those for forced-local gates and detached memories after the first seed.
+    chunk_tokens: tokens of all rows of a stream at a time.
     """
 
     model: dict[str, int]
@@ -44,6 +45,7 @@ class PasskeySizes:
     steps: int
     step_share: float
     trials: dict[int, int]
+    book_lengths: tuple[int, ...]
     full_lengths: tuple[int, ...]
     control_lengths: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -91,6 +93,7 @@ FULL = PasskeySizes(
     steps=2000,
     step_share=0.55,
     trials={5_120: 100, 32_768: 50, 131_072: 25, 524_288: 10, 1_048_576: 10},
+    book_lengths=(5_120, 32_768, 131_072, 524_288, 1_048_576),
     full_lengths=(5_120, 32_768),
     control_lengths=(5_120, 32_768, 1_048_576),
     seeds=(0, 1, 2),
@@ -113,13 +116,14 @@ SMALL = PasskeySizes(
     text_weight=0.1,
     text_places=16,
     book_share=0.25,
-    steps=1200,
-    step_share=0.9,
-    trials={320: 20, 1024: 20, 4096: 10},
-    full_lengths=(320, 1024),
-    control_lengths=(320, 4096),
+    steps=600,
+    step_share=0.6,
+    trials={320: 20, 2048: 20, 8192: 10, 65_536: 5},
+    book_lengths=(320, 2048),
+    full_lengths=(320, 2048),
+    control_lengths=(320, 65_536),
     seeds=(0,),
     chunk_tokens=1 << 14,
     log_every=20,
-    checkpoint_every=100,
+    checkpoint_every=60,
 )

@@ -29,7 +29,6 @@ __all__ = ["Trained", "Training", "passkey_loss", "train_variant"]
 
 _SEEDS = 1 << 22  # steps of one seed; those of training are odd, of questions even
 _PREFILL_SEGMENTS = 16
-_LONGEST_MEMORY = 1 << 20
 
 
 class Trained(NamedTuple):
@@ -195,13 +194,19 @@ def fill_growth(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def filled_state(
-    training: Training, model: Transformer, stage: Stage, prompts: Prompts, seed: int
+    training: Training,
+    model: Transformer,
+    stage: Stage,
+    prompts: Prompts,
+    seed: int,
+    grown: float,
 ) -> TransformerState:
     """Memories as after a long stretch of each prompt's kind of filler.
 
     A stretch of 16 segments is read, and memory and normaliser are scaled by numbers drawn
-    log-uniformly, up to those of a million tokens. For periodic filler and the linear rule this
-    is what so long a text leaves behind; for books it is an approximation.
+    log-uniformly, up to those of the longest prompt that is asked at `grown` = 1. For periodic
+    filler and the linear rule this is what so long a text leaves behind; for books it is an
+    approximation.
     """
     length = _PREFILL_SEGMENTS * stage.segment
     draw = torch.Generator().manual_seed(seed)
@@ -210,7 +215,7 @@ def filled_state(
     periodic = filler[torch.arange(length, device=training.device) % len(filler)]
     ids = torch.stack((periodic, training.book[start : start + length].long()))
     _, state = hidden_after(model, ids, None)
-    most = _LONGEST_MEMORY / length
+    most = max(1.0, max(training.sizes.trials) / length)
     scale = most ** (grown * torch.rand(len(prompts.ids), generator=draw))
     scale = scale.to(training.device)
     layers = []
