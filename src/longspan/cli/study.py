@@ -37,6 +37,7 @@ def study(
         stick-breaking-length: does perplexity keep improving beyond the training length?
         hyper-pretrained: what does HyperAttention cost in a pretrained model?
         hyper-finetune: does training under it close its gap to exact attention?
+        infini-passkey: does Infini-attention, trained at 5,000 tokens, find a key in a million?
     train
         Texts to train on: a folder of .txt files or an archive.
     heldout
@@ -59,7 +60,8 @@ def study(
         cpu or cuda.
     only
         Phases, with commas, e.g. small:rope,recall; all others are left out. For
-        hyper-pretrained: of perplexity, tasks, layers and mass.
+        hyper-pretrained: of perplexity, tasks, layers and mass. For infini-passkey: e.g.
+        linear:0,local:0.
     model
         hyper-pretrained: a name of `longspan models`, a folder, or owner/name.
     tokens
@@ -125,6 +127,27 @@ def study(
         if not finished:
             console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
         return _write_report(info.package, folder)
+    if info.name == "infini-passkey":
+        from ..studies.infini_passkey import run as passkey
+
+        asked = passkey.run_passkey(
+            open_data(data),
+            data / "tokenizer.json",
+            folder,
+            sizes=passkey.SMALL if small else passkey.FULL,
+            budget_minutes=None if small else budget,
+            device=check_device(device),
+            stop_after=stop_after,
+            only=only.split(",") if only else None,
+            listener=_say,
+        )
+        for failure in asked.failures:
+            console.print(f"failed: {failure}", markup=False, soft_wrap=True)
+        code = _write_report(info.package, folder)
+        if not asked.is_finished:
+            console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
+            return 1 if asked.failures else code
+        return code
     outcome = run_study(
         open_data(data),
         folder,

@@ -37,7 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     finetune = studies.add_parser("hyper-finetune")
     finetune.add_argument("--data", type=Path, required=True, help="folder of `prepare_data`")
     finetune.add_argument("--small", action="store_true", help="sizes for a processor")
-    for one in (length, hyper, finetune):
+    passkey = studies.add_parser("infini-passkey")
+    passkey.add_argument("--data", type=Path, required=True, help="folder of `prepare_data`")
+    passkey.add_argument("--budget", type=float, help="minutes; default: --steps")
+    passkey.add_argument("--steps", type=int, help="of each training, instead of a budget")
+    passkey.add_argument("--small", action="store_true", help="sizes for a processor")
+    passkey.add_argument("--only", help="phases, with commas, e.g. linear:0,local:0 or :0")
+    for one in (length, hyper, finetune, passkey):
         one.add_argument("--out", type=Path, required=True, help="folder of the run")
         one.add_argument("--stop-after", type=float, help="seconds until this call returns")
         one.add_argument("--device")
@@ -55,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             "stick-breaking-length": _length,
             "hyper-pretrained": _hyper,
             "hyper-finetune": _finetune,
+            "infini-passkey": _passkey,
         }
         outcome, failures = runs[chosen.study](chosen, say)
     except LongspanError as error:
@@ -123,6 +130,26 @@ def _finetune(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[b
         listener=say,
     )
     return outcome.is_finished, []
+
+
+def _passkey(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[bool, list[str]]:
+    from .infini_passkey.run import run_passkey
+    from .infini_passkey.sizes import FULL, SMALL
+    from .stick_breaking_length.data import open_data
+
+    outcome = run_passkey(
+        open_data(chosen.data),
+        chosen.data / "tokenizer.json",
+        chosen.out,
+        sizes=SMALL if chosen.small else FULL,
+        budget_minutes=chosen.budget,
+        steps=chosen.steps,
+        device=chosen.device,
+        stop_after=chosen.stop_after,
+        only=chosen.only.split(",") if chosen.only else None,
+        listener=say,
+    )
+    return outcome.is_finished, outcome.failures
 
 
 if __name__ == "__main__":

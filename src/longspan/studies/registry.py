@@ -34,6 +34,11 @@ _TABLE = (
         package="hyper_finetune",
         question="Does training under HyperAttention close its gap to exact attention?",
     ),
+    StudyInfo(
+        name="infini-passkey",
+        package="infini_passkey",
+        question="Does Infini-attention, trained at 5,000 tokens, find a passkey in a million?",
+    ),
 )
 
 STUDIES: dict[str, StudyInfo] = {info.name: info for info in _TABLE}
