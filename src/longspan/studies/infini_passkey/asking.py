@@ -78,7 +78,9 @@ def ask(
             hidden, state_bytes = _stream(model, ids, chunk)
         else:
             group = max(1, chunk_tokens // length)
-            hidden = torch.cat([model.hidden(some)[:, -DIGITS:] for some in torch.split(ids, group)])
+            hidden = torch.cat(
+                [model.hidden(some)[:, -DIGITS:] for some in torch.split(ids, group)]
+            )
         guesses = F.linear(hidden, model.head.weight).argmax(-1)
     right = (guesses == keys).cpu()
     seconds = time.monotonic() - begin
