@@ -6,8 +6,6 @@ Every scheme is first compared with one GPU's result (`--check` tokens, output a
 timed forward and forward+backward: the slowest rank counts. "one GPU" is the mechanism's own
 function, in the same run. Rows carry the bytes that a rank receives per call, as counted from the
 calls to torch.distributed. On a machine without GPUs it runs on gloo, to try the script out.
-
-These rows have not been made yet: no machine with several GPUs was at hand.
 """
 
 from __future__ import annotations
@@ -23,10 +21,12 @@ import torch.nn.functional as F
 
 from longspan import (
     ExactConfig,
+    HyperConfig,
     InfiniConfig,
     StickBreakingConfig,
     WindowConfig,
     exact_attention,
+    hyper_attention,
     infini_attention,
     stick_breaking_attention,
     window_attention,
@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, Any, str]] = {  # name -> scheme, config, layout
     "infini state passing": ("state_passing", InfiniConfig(segment_length=SEGMENT), "contiguous"),
     "infini delta": ("state_passing", InfiniConfig(segment_length=SEGMENT, update="delta"),
                      "contiguous"),
+    "hyper clusters": ("clusters", HyperConfig(), "zigzag"),
+    "hyper ulysses": ("ulysses", HyperConfig(), "contiguous"),
 }  # fmt: skip
 
 
@@ -87,7 +89,11 @@ class Bench:
 
     def layout(self, length: int, kind: str, config: Any) -> SequenceLayout:
         """Cut at segments where the mechanism wants that."""
-        multiple = config.segment_length if isinstance(config, InfiniConfig) else 1
+        multiple = 1
+        if isinstance(config, InfiniConfig):
+            multiple = config.segment_length
+        if isinstance(config, HyperConfig):
+            multiple = config.chunk_size
         return SequenceLayout(length=length, ranks=self.group.size, kind=kind, multiple=multiple)
 
     def check(self, name: str) -> float:
@@ -169,11 +175,13 @@ class Bench:
             )
             return transfer(operations)
 
-        def counting_exchange(output, *args, **kwargs):
-            # what a rank sends to itself does not move; parts are of about one size
-            share = (self.group.size - 1) / self.group.size
+        def counting_exchange(output, input, output_split_sizes=None, *args, **kwargs):
+            share = (self.group.size - 1) / self.group.size  # a rank's part to itself stays
+            if output_split_sizes is not None:
+                kept = output_split_sizes[self.group.rank] / max(sum(output_split_sizes), 1)
+                share = 1 - kept
             self.received += int(output.numel() * output.element_size() * share)
-            return exchange(output, *args, **kwargs)
+            return exchange(output, input, output_split_sizes, *args, **kwargs)
 
         dist.batch_isend_irecv, dist.all_to_all_single = counting_transfer, counting_exchange
 
@@ -183,6 +191,8 @@ def one_gpu(config: Any, query, key, value) -> torch.Tensor:
     call = {"is_causal": True, "enable_gqa": True}
     if isinstance(config, InfiniConfig):
         return infini_attention(query, key, value, config=config, **call).output
+    if isinstance(config, HyperConfig):
+        return hyper_attention(query, key, value, config=config, **call)
     if isinstance(config, StickBreakingConfig):
         return stick_breaking_attention(query, key, value, config=config, **call)
     if isinstance(config, WindowConfig):

@@ -1,6 +1,6 @@
 """Infini-attention against torch's attention on the segments alone: checks first, then times.
 
-    python benchmarks/infini.py --out rows.jsonl [--parts train,scaling,stream,loop,tune]
+    python benchmarks/infini.py --out rows.jsonl [--parts train,pieces,scaling,stream,loop] [--tune]
 
 The bar is what torch's fastest backend takes for the segments as independent sequences: the same
 local attention without a memory. The floor adds to it the bytes that a memory must move if nothing
@@ -23,9 +23,11 @@ from longspan._triton.launch import KernelConfig
 from longspan.bench.environment import environment
 from longspan.bench.measure import Timing, append_rows, make_row, peak_bytes, time_call
 from longspan.infini.features import elu_plus_one
-from longspan.infini.impl.triton.mix import Layout, mix, mix_backward
+from longspan.infini.impl.triton.delta import affine_scan, segment_maps, segment_turns
+from longspan.infini.impl.triton.mix import Layout, mix
+from longspan.infini.impl.triton.mix_bwd import mix_backward
 from longspan.infini.impl.triton.scan import scan_states
-from longspan.infini.impl.triton.sums import segment_sums, segment_sums_backward
+from longspan.infini.impl.triton.sums import Delta, segment_sums, segment_sums_backward
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -163,26 +165,40 @@ def ours(
         )  # fmt: skip
 
 
-def pieces(run: Run, length: int) -> None:
-    """Where the time goes: each kernel alone."""
+def pieces(run: Run, length: int, rates: dict[str, float]) -> None:
+    """Where the time goes: each kernel alone, beside the bytes that it must move."""
     query, key, value, gate = draw(length)
+    grad = torch.randn_like(query)
     count = length // SEGMENT
     memory, total = segment_sums(key, value, None, SEGMENT, count)
     memory[:, :, 0], total[:, :, 0] = 0, 0
     memory, total = scan_states(memory), scan_states(total)
     written = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     layout = Layout(SEGMENT, 0, 0, length, True)
-    scratch = memory.clone()
-    for name, function in (
-        ("states", lambda: segment_sums(key, value, None, SEGMENT, count)),
-        ("scan", lambda: scan_states(scratch)),
-        ("mix", lambda: mix(query, value, memory, total, gate, written, None, layout)),
-        ("mix backward",
-         lambda: mix_backward(key, query, value, memory, total, gate, written, None, layout)),
-        ("states backward",
-         lambda: segment_sums_backward(memory, total, key, value, None, SEGMENT, count)),
+    reads = (query, value, memory, total, gate, written, None, layout)
+    scratch, more = memory.clone(), (query, grad)
+    maps = segment_maps(key, total, None, SEGMENT, count)
+    weights = maps + maps.transpose(-1, -2)
+    row, state = query.numel() * query.element_size(), memory.numel() * 4
+    sums = (memory, total, key, value, None, SEGMENT, count)
+    for name, moved, function in (
+        ("states", 2 * row + state, lambda: segment_sums(key, value, None, SEGMENT, count)),
+        ("scan", 2 * state, lambda: scan_states(scratch)),
+        ("mix", 3 * row + state, lambda: mix(*reads)),
+        ("mix backward", 7 * row + 2 * state, lambda: mix_backward(grad, *reads)),
+        ("states backward", 4 * row + state, lambda: segment_sums_backward(*sums)),
+        ("states backward, added to others", 6 * row + state,
+         lambda: segment_sums_backward(*sums, None, *more)),
+        ("maps", row + state, lambda: segment_maps(key, total, None, SEGMENT, count)),
+        ("affine scan", 3 * state, lambda: affine_scan(scratch, maps)),
+        ("turns", row + state, lambda: segment_turns(key, total, weights, None, SEGMENT)),
+        ("states backward, delta", 6 * row + 2 * state,
+         lambda: segment_sums_backward(*sums, None, *more, Delta(total, weights))),
+        ("add of two gradients", 3 * row, lambda: query + grad),
     ):  # fmt: skip
-        run.add(f"kernel {name}", "piece", length, time_call(function, device=DEVICE))
+        timing = time_call(function, device=DEVICE, warmup_ms=10.0, measure_ms=50.0)
+        run.add(f"kernel {name}", "piece", length, timing,
+                floor_ms=round(moved / rates["copy"] / 1e6, 3))  # fmt: skip
 
 
 def scaling(run: Run, lengths: list[int]) -> None:
@@ -291,19 +307,40 @@ def tune(run: Run, length: int) -> None:
     written = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     layout = Layout(SEGMENT, 0, 0, length, True)
     reads = (query, value, memory, total, gate, written, None, layout)
+    grad = torch.randn_like(query)
+    sums = (memory, total, key, value, None, SEGMENT, count)
+    maps = segment_maps(key, total, None, SEGMENT, count)
+    delta = Delta(total, maps + maps.transpose(-1, -2))
     trials: list[tuple[str, Callable[[KernelConfig], Any], Any, list[tuple[int, ...]]]] = [
         ("sums", lambda c: segment_sums(key, value, None, SEGMENT, count, c)[0][:, :, 1:],
          want_sums[:, :, 1:],
-         [(0, 32, 8, 2), (0, 64, 8, 2), (0, 64, 8, 3), (0, 32, 8, 3), (0, 64, 4, 2)]),
-        ("sums_bwd",
-         lambda c: segment_sums_backward(memory, total, key, value, None, SEGMENT, count, c)[0],
-         None, [(0, 64, 8, 1), (0, 32, 8, 1), (0, 32, 8, 2), (0, 32, 4, 1)]),
+         [(0, 64, 8, 3), (0, 64, 8, 2), (0, 64, 8, 4), (0, 128, 8, 2), (0, 64, 4, 2),
+          (0, 64, 4, 3), (0, 32, 4, 3), (0, 32, 8, 4), (0, 64, 8, 3, 128), (0, 32, 8, 3, 128)]),
+        ("sums_bwd", lambda c: segment_sums_backward(*sums, c, query, grad)[0], None,
+         [(8, 64, 8, 2), (8, 64, 4, 1), (4, 64, 4, 1), (8, 128, 8, 1), (4, 128, 8, 1),
+          (8, 64, 4, 2), (4, 64, 8, 2), (8, 64, 8, 1), (8, 32, 8, 2)]),
         ("mix", lambda c: mix(*reads, c), None,
-         [(64, 0, 8, 2), (64, 0, 4, 2), (128, 0, 8, 2), (32, 0, 4, 2), (64, 0, 8, 1)]),
-        ("mix_bwd", lambda c: mix_backward(key, *reads, c)[0], None,
-         [(32, 0, 8, 1), (64, 0, 8, 1), (16, 0, 4, 1), (32, 0, 4, 1)]),
-        ("memory_bwd", lambda c: mix_backward(key, *reads, None, c)[2], None,
-         [(32, 0, 8, 2), (64, 0, 8, 2), (64, 0, 8, 1), (32, 0, 8, 3)]),
+         [(128, 4, 8, 2), (128, 2, 8, 2), (128, 4, 8, 1), (128, 1, 8, 1), (64, 4, 4, 2),
+          (64, 4, 4, 1), (64, 8, 4, 2), (128, 4, 8, 3), (128, 2, 8, 1, 128)]),
+        ("mix_bwd", lambda c: mix_backward(grad, *reads, c)[0], None,
+         [(128, 4, 8, 1), (64, 4, 4, 1), (64, 2, 4, 1), (64, 8, 4, 1), (64, 4, 4, 2),
+          (128, 2, 8, 1), (128, 4, 8, 2), (64, 4, 8, 1), (32, 8, 8, 1), (32, 8, 4, 1)]),
+        ("memory_bwd", lambda c: mix_backward(grad, *reads, None, c)[2], None,
+         [(64, 0, 8, 3), (64, 0, 8, 2), (128, 0, 8, 2), (64, 0, 4, 2), (32, 0, 4, 3),
+          (64, 0, 8, 4), (32, 0, 8, 3)]),
+        ("maps", lambda c: segment_maps(key, total, None, SEGMENT, count, c), None,
+         [(0, 64, 8, 2), (0, 32, 8, 3), (0, 64, 4, 2), (0, 128, 8, 2), (0, 64, 8, 3),
+          (0, 32, 8, 4)]),
+        ("affine", lambda c: affine_scan(memory.clone(), maps, False, c), None,
+         [(0, 32, 8, 2), (0, 32, 8, 1), (0, 32, 8, 3), (0, 16, 8, 2), (0, 64, 8, 2),
+          (0, 16, 8, 1)]),
+        ("affine_reverse", lambda c: affine_scan(memory.clone(), maps, True, c), None,
+         [(0, 32, 8, 2), (0, 32, 8, 1), (0, 16, 8, 2)]),
+        ("turns", lambda c: segment_turns(key, total, delta.weights, None, SEGMENT, c), None,
+         [(0, 64, 4, 2), (0, 64, 8, 2), (0, 32, 8, 2), (0, 64, 4, 3), (0, 128, 8, 2)]),
+        ("delta_bwd", lambda c: segment_sums_backward(*sums, c, query, grad, delta)[0], None,
+         [(8, 32, 8, 1), (8, 64, 8, 1), (8, 64, 4, 1), (8, 128, 8, 1), (16, 64, 4, 1),
+          (8, 64, 8, 2), (16, 32, 8, 1)]),
     ]  # fmt: skip
     for name, function, want, candidates in trials:
         for number, candidate in enumerate(candidates):
@@ -336,7 +373,7 @@ def main() -> None:
     """Run the chosen parts and append rows to --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="JSON lines file to append to")
-    parser.add_argument("--parts", default="train,scaling,stream,loop")
+    parser.add_argument("--parts", default="train,pieces,scaling,stream,loop")
     parser.add_argument("--tune", action="store_true", help="also try other tiles")
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--lengths", default="32768,131072,524288,1048576", help="of scaling")
@@ -350,7 +387,8 @@ def main() -> None:
         ours(run, linear, "triton", options.length, best, rates, own=True)
         delta = InfiniConfig(segment_length=SEGMENT, update="delta")
         ours(run, delta, "triton", options.length, best, rates)
-        pieces(run, options.length)
+    if "pieces" in parts:
+        pieces(run, options.length, rates)
     if "loop" in parts:
         loop(run)
     if "stream" in parts:

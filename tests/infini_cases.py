@@ -51,6 +51,8 @@ CASES = [
     Case(n=30, n_q=12, offset=-3, length=5),
     Case(n=30, n_q=5, offset=40, length=5),
     Case(n=30, length=5, heads=2, kv_heads=2, local="sliding", update="delta"),
+    Case(n=22, length=5, batch=2, heads=4, kv_heads=2, lengths=(22, 8), update="delta"),
+    Case(n=21, length=4, update="delta", state=True, own=True, value_dim=24, shift=-1.0),
     Case(n=80, length=37, dim=24, value_dim=40, transposed=True),
     Case(n=16, length=5, own=True, shift=-9.0),
     Case(n=18, n_q=1, offset=17, state=True),

@@ -3,9 +3,8 @@
 
     python tools/scaling.py [--check]
 
-Kernel rates are the committed rows of benchmarks/results (one H100). Link rates are assumptions,
-named below, until benchmarks/distributed.py has been run on several GPUs; rows that it writes
-(`link: ring step`) replace the one inside a host. With --check nothing is written; the exit code is
+Kernel rates are the committed rows of benchmarks/results (one H100); the link inside a host is what
+benchmarks/distributed.py measured (`link: ring step`), the one between hosts is assumed. With --check nothing is written; the exit code is
 1 if the page is not what the rows say.
 """
 
@@ -64,7 +63,7 @@ class Model:
         found = rows()
         both = "forward_backward"
         self.flash = seconds_per_score(found, "exact", "flash", both, config="flash")
-        self.flash_forward = seconds_per_score(found, "exact", "flash", "forward", config="flash")
+        self.cudnn_forward = seconds_per_score(found, "exact", "cudnn", "forward", config="cudnn")
         self.cudnn = seconds_per_score(found, "exact", "cudnn", both, config="cudnn")
         full = {"regime": "alive", "early_stop": None}
         self.stick = seconds_per_score(found, "stick_breaking", "triton", both, **full)
@@ -93,7 +92,7 @@ class Model:
         score_time = HEADS * n * n / 2 / ranks**2  # scores of one step
         shard = n / ranks * KEY_BYTES
         total = 0.0
-        for cost, times in ((self.flash_forward, 1), (self.flash - self.flash_forward, 3)):
+        for cost, times in ((self.cudnn_forward, 1), (self.cudnn - self.cudnn_forward, 3)):
             step = score_time * cost
             moving = times * shard / self.link(ranks) + LATENCY
             total += step + (ranks - 1) * max(step, moving)
@@ -140,6 +139,33 @@ def found_links() -> list[dict]:
     return [r for r in map(json.loads, lines) if r["impl"] == "link: ring step"]
 
 
+def measured_table() -> str:
+    """What two GPUs of one host gave: the last run of each scheme, length and pass."""
+    lines = [
+        json.loads(line)
+        for path in sorted(RESULTS.glob("*distributed*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    last = {(r["impl"], r["length"], r["pass"]): r for r in lines if r["verified"]}
+    shown = ["| scheme | tokens | pass | one GPU | two GPUs | times one | received per rank |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (impl, length, stage), row in last.items():
+        if row.get("received_bytes") is None:
+            continue
+        speed = row.get("speedup")
+        one = "-" if speed is None else text_of(row["ms_p50"] * speed / 1e3)
+        times = "-" if speed is None else f"{speed:.2f}"
+        shown.append(
+            f"| {impl} | {length:,} | {stage.replace('_', ' + ')} | {one} | "
+            f"{text_of(row['ms_p50'] / 1e3)} | {times} | {row['received_bytes'] / 1e6:,.1f} MB |"
+        )
+    for row in lines:
+        if row["impl"].startswith("torch context_parallel"):
+            shown.append(f"| {row['impl']} | {row['length']:,} | {row['pass'].replace('_', ' + ')} "
+                         f"| - | {text_of(row['ms_p50'] / 1e3)} | - | - |")  # fmt: skip
+    return "\n".join(shown)
+
+
 def table(model: Model) -> str:
     """Rows: scheme and GPUs; columns: lengths; cells: milliseconds."""
     schemes = {
@@ -178,7 +204,7 @@ def text_of(seconds: float) -> str:
 
 def page(model: Model) -> str:
     """The whole document."""
-    rate = 4 * DIM / model.flash_forward  # FLOP/s
+    rate = 4 * DIM / model.cudnn_forward  # FLOP/s
     hidden = {name: 2 * KV_HEADS / HEADS * rate / link
               for name, link in (("inside", model.inside), ("between", BETWEEN))}  # fmt: skip
     n = LENGTHS["1M"]
@@ -188,10 +214,10 @@ def page(model: Model) -> str:
     source = "measured" if model.inside_is_measured else "assumed: 80 % of NVLink 4"
     return f"""# Scaling on paper
 
-What one attention layer would cost on many GPUs, forward and backward. **This is a simulation:**
-kernel rates are measured on one H100 (the rows in `benchmarks/results`), link rates are not, and
-nothing on this page has been run on several GPUs. `benchmarks/distributed.py` is the script that
-would; this page is written by `python tools/scaling.py`.
+What one attention layer would cost on many GPUs, forward and backward. **Beyond two GPUs this is a
+simulation:** kernel rates are measured on one H100, the link inside a host on two (the rows in
+`benchmarks/results`); nothing has been run on more. `benchmarks/distributed.py` makes the rows of
+several GPUs; this page is written by `python tools/scaling.py`.
 
 One layer, batch 1, causal, bfloat16: H = {HEADS} query heads, H_kv = {KV_HEADS} key heads, D = {DIM};
 window {WINDOW} and {SINKS} sinks; segments of {SEGMENT} tokens. N tokens, R GPUs, n = N / R tokens
@@ -209,8 +235,23 @@ each.
 | link between hosts, one way | {BETWEEN / 1e9:.0f} GB/s per GPU | assumed: 80 % of 400 Gb/s |
 | one exchange | {LATENCY * 1e6:.0f} µs | assumed |
 
-A causal score costs 4 D operations forward, 3.5 times that with the backward. The library's head
-exchange runs cuDNN's kernel, its ring torch's flash kernel, the one that returns lse.
+A causal score costs 4 D operations forward, 3.5 times that with the backward. On Hopper the library's
+head exchange and its ring both run cuDNN's kernel.
+
+## Measured on two GPUs
+
+Two H100 of one host, NCCL; times of the slower rank, median of three. One GPU: the mechanism's own
+function in the same run. Every scheme was compared with one GPU at 16,384 tokens, output and
+gradients, before it was timed. "Received": what the first rank gets per call; in the rows of "window
+neighbours" from 262,144 tokens on, and in stick-breaking's, rows that it keeps are counted, too.
+
+{measured_table()}
+
+Where one GPU takes a few milliseconds (windows, early stop, Infini), two gain little or lose: checks
+and launches cost a few milliseconds per call, and in these runs a rank's own rows went through NCCL
+as well, which moves them slowly. They no longer do; that has not been timed. The exact ring ran on
+flash at first (1.14 and 1.17 times one GPU at 131,072 tokens, since one GPU takes cuDNN); on cuDNN's
+kernels it reaches what the table shows.
 
 ## Formulas
 
@@ -247,13 +288,14 @@ The feed-forward layer needs more than that unless it runs in chunks (`longspan.
   time falls as 1 / R until it meets the latency.
 - **Infini:** passing memories. What it moves does not grow with N but with R: on 1,024 GPUs and 1M
   tokens it is {share:.0%} of the time, on 64 GPUs {share_of_64:.0%}.
-- **Exact, up to {HOST} GPUs of one host:** head exchange. It has the faster kernel, needs no balance
-  between ranks, and its bytes are a small part of the time from 1M tokens on.
+- **Exact, up to {HOST} GPUs of one host:** head exchange or ring, which measure alike. The head
+  exchange needs no balance between ranks; its bytes are a small part of the time from 1M tokens on.
 - **Exact, more GPUs than a host or than heads:** the ring, with at least {hidden["between"]:,.0f} tokens on
   each GPU. Below that, links are waited for.
 - **Stick-breaking, every key:** head exchange up to {HEADS} GPUs; the ring beyond.
 - **HyperAttention, Conv-Basis, anything new:** head exchange, which is exact for whatever treats
-  heads independently.
+  heads independently. With more GPUs than heads HyperAttention has an exchange of columns and opened
+  clusters, which has not been timed.
 - **100M tokens of exact attention** take {text_of(model.exact_ring(LENGTHS["100M"], 64))} per layer on 64 GPUs: no scheme mends N². That is
   what the linear mechanisms are for.
 

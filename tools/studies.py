@@ -1,4 +1,4 @@
-"""Write the pages of docs/studies/ from the rows in docs/studies/rows/.
+"""Write the pages of docs/studies/ and the claims in README.md from the rows in docs/studies/rows/.
 
     python tools/studies.py [--check]
 
@@ -13,22 +13,40 @@ from pathlib import Path
 
 from longspan.eval.rows import read_rows
 from longspan.studies.registry import STUDIES
-from longspan.studies.report import render_html, render_markdown
+from longspan.studies.report import Report, render_html, render_markdown
 
-HOME = Path(__file__).resolve().parent.parent / "docs" / "studies"
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / "docs" / "studies"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- claims -->", "<!-- /claims -->"
 
 
 def pages() -> dict[Path, str]:
     """What each page should hold; only studies with rows have pages."""
     made = {}
+    reports = []
     for info in STUDIES.values():
         rows = HOME / "rows" / f"{info.name}.jsonl"
         if rows.exists():
             page = import_module(f"longspan.studies.{info.package}.page")
             report = page.build_report(read_rows(rows))
+            reports.append(report)
             made[HOME / f"{info.name}.md"] = render_markdown(report)
             made[HOME / f"{info.name}.html"] = render_html(report)
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    made[README] = before + BEGIN + "\n" + claims(reports) + END + rest.split(END)[1]
     return made
+
+
+def claims(reports: list[Report]) -> str:
+    """One line per claim, with its verdict and the page that has the rest."""
+    lines = ["| claim | verdict | what we saw |", "|---|---|---|"]
+    for report in reports:
+        for verdict in report.verdicts:
+            page = f"[{verdict.outcome}](docs/studies/{report.name}.md)"
+            lines.append(f"| {verdict.claim} | {page} | {verdict.numbers} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -47,3 +47,4 @@ def test_version():
     from longspan import __version__
 
     assert run("-m", "longspan.cli", "--version").stdout.strip() == __version__
+    assert run("-m", "longspan", "--version").stdout.strip() == __version__

@@ -44,6 +44,13 @@ def test_train_then_generate(longspan, texts, tmp_path):
     code, stopped, _ = longspan(*ask, "--seed", 3, "--early-stop", 1e-6)
     assert code == 0
     assert stopped == first
+    compare = ("compare", "--model", out / "model", "--text", texts / "heldout", "--length", 100)
+    code, shown, note = longspan(*compare, "--out", tmp_path / "compared")
+    assert code == 0
+    assert "stick_breaking:early_stop" in shown
+    assert "this model's own attention" in note
+    compared = [json.loads(x) for x in (tmp_path / "compared" / "rows.jsonl").open()]
+    assert {row["mechanism"] for row in compared} == {"exact", "stick_breaking"}
     code, _, error = longspan(*ask, "--text", texts / "train")
     assert code == 2
     assert "--prompt" in error
@@ -93,6 +100,25 @@ def test_study(longspan, texts, tmp_path, monkeypatch):
     assert code == 0
     assert (out / "report.html").read_text() == page
     assert (out / "rows.jsonl").read_text() == rows
+
+
+def test_study_of_a_pretrained_model(longspan, folder, book, tmp_path):
+    """Only its first table; the report says what is missing."""
+    command = ("study", "hyper-pretrained", "--model", folder, "--heldout", book, "--tokens", 700,
+               "--only", "perplexity", "--out", tmp_path / "run")  # fmt: skip
+    code, out, err = longspan(*command)
+    assert code == 0, err
+    assert "default at 700: loss" in out
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "| window 1024 + 4 sinks |" in page
+    rows = (tmp_path / "run" / "rows.jsonl").read_text()
+    code, out, _ = longspan(*command)
+    assert code == 0
+    assert "loss 5" not in out
+    assert (tmp_path / "run" / "rows.jsonl").read_text() == rows
+    code, _, err = longspan(*command[:-3], "perplexitty", "--out", tmp_path / "run")
+    assert code == 2
+    assert "perplexity" in err
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def tiny_scope(tmp_path_factory):
         "inputs": {"input_ids": torch.arange(8)[None], "max_new_tokens": 4},
         "input_ids": torch.randint(0, 256, (1, 600)),
         "patch": longspan.hf.patch,
+        "convert_infini": longspan.hf.convert_infini,
         "load_adapter": longspan.hf.load_adapter,
     }
 

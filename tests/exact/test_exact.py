@@ -311,3 +311,17 @@ def test_gradient_for_torchs_kernel_is_dense():
     _DenseGradient.apply(inner).backward(upstream)
     assert seen[0].is_contiguous()
     assert torch.equal(leaf.grad, upstream)
+
+
+@pytest.mark.parametrize(("wide", "strides"), [(5, (20, 60, 5, 1)), (8, (40, 20, 5, 1))])
+def test_gradient_in_the_layout_of_the_output_is_not_copied(wide, strides):
+    """Segments as a batch: output and gradient are both permuted. With gaps it is copied."""
+    seen = []
+    base = torch.zeros(2, 3, 4, wide, requires_grad=True)
+    output = base.transpose(0, 1)[..., :5]
+    output.register_hook(lambda grad: seen.append(grad))
+    upstream = torch.randn(2, 3, 4, wide).transpose(0, 1)[..., :5]
+    assert upstream.stride() == output.stride()
+    _DenseGradient.apply(output).backward(upstream)
+    assert seen[0].stride() == strides
+    assert torch.equal(base.grad[..., :5], upstream.transpose(0, 1))

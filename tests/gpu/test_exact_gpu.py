@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from longspan import ExactConfig, exact_attention, exact_attention_varlen, exact_attention_with_lse
+from longspan._merge import merge
 from longspan.testing import make_qkv, relative_error, softmax_oracle
+from longspan.types import AttentionOutput
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("backend", ["flash", "chunked"])
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n_q", "n_k", "offset"), [(257, 257, 0), (65, 300, 235), (300, 65, -20)])
 @pytest.mark.parametrize("dim", [(64, 64), (80, 48)])
@@ -40,6 +42,34 @@ def test_values_and_gradients(backend, dtype, n_q, n_k, offset, dim):
         return torch.autograd.grad(loss, inputs)
 
     for a, b in zip(gradients(got, (q, k, v)), gradients(want, wide), strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("length", [64, 1000, 4096])
+def test_cudnn_parts_join(length):
+    """Two halves of the keys with cuDNN's lse, and its backward from the lse of the whole row."""
+    from longspan.exact.ops import exact_bwd, exact_fwd
+
+    q, k, v = make_qkv(1, 4, length, 64, n_k=2 * length, kv_heads=2, dtype=torch.bfloat16,
+                       device="cuda")  # fmt: skip
+    cuts = ((slice(0, length), False), (slice(length, None), True))
+    halves = [(k[:, :, part], v[:, :, part], is_causal) for part, is_causal in cuts]
+    scale = 64**-0.5
+    parts = [AttentionOutput(*exact_fwd(q, a, b, None, None, c, scale, 0, "cudnn"))
+             for a, b, c in halves]  # fmt: skip
+    got = merge(parts)
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    want = softmax_oracle(*wide, is_causal=True, query_offset=length, scale=scale)
+    assert relative_error(got.output, want.output) < 5e-3
+    torch.testing.assert_close(got.lse.double(), want.lse, rtol=1e-4, atol=1e-4)
+    up = torch.randn(1, 4, 2 * length, 64, dtype=torch.bfloat16, device="cuda")[:, :, :length]
+    whole = got.output.to(q.dtype)
+    grads = [exact_bwd(up, None, q, a, b, whole, got.lse, None, None, c, scale, 0, "cudnn")
+             for a, b, c in halves]  # fmt: skip
+    joined = (grads[0][0].float() + grads[1][0].float(),
+              torch.cat([g[1] for g in grads], 2), torch.cat([g[2] for g in grads], 2))  # fmt: skip
+    expected = torch.autograd.grad(want.output, wide, up.double())
+    for a, b in zip(joined, expected, strict=True):
         assert relative_error(a, b) < 1e-2
 
 
@@ -101,6 +131,22 @@ def test_gradient_that_is_a_slice_of_a_longer_one():
     q, k, v = make_qkv(1, 8, 256, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     upstream = torch.randn(1, 8, 1024, 128, device="cuda", dtype=torch.bfloat16)[:, :, :256]
     got = torch.autograd.grad(exact_attention(q, k, v, is_causal=True), (q, k, v), upstream)
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    want = torch.autograd.grad(
+        softmax_oracle(*wide, is_causal=True).output, wide, upstream.double()
+    )
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+def test_gradient_of_segments_as_a_batch():
+    """Query, output and gradient permuted alike: the gradient goes to the kernel as it is."""
+    flat = make_qkv(1, 8, 1024, 128, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (t.unflatten(2, (4, 256)).squeeze(0).transpose(0, 1).requires_grad_() for t in flat)
+    out = exact_attention(q, k, v, is_causal=True)
+    upstream = torch.randn(8, 4, 256, 128, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
+    assert out.stride() == upstream.stride()
+    got = torch.autograd.grad(out, (q, k, v), upstream)
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
     want = torch.autograd.grad(
         softmax_oracle(*wide, is_causal=True).output, wide, upstream.double()

@@ -21,6 +21,19 @@ LARGE = [
     Case(n=600, length=150, dim=64, value_dim=128, local="sliding", first="gated"),
     Case(n=800, length=100, dim=128, value_dim=64, shift=-9.0, own=True),
     Case(n=500, length=100, dim=24, value_dim=40, transposed=True),
+    Case(n=2500, length=1024, heads=4, kv_heads=2, dim=128, value_dim=128, state=True),
+    Case(n=1000, length=256, heads=4, kv_heads=2, dim=128, value_dim=128, update="delta"),
+    Case(
+        n=700,
+        length=128,
+        batch=2,
+        dim=64,
+        value_dim=96,
+        lengths=(700, 300),
+        update="delta",
+        state=True,
+        own=True,
+    ),
 ]
 
 

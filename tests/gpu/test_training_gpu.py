@@ -51,15 +51,20 @@ def test_biased_attention(which, length):
 
 
 def test_gradient_of_the_gates():
+    """That of the totals to the rounding of bfloat16; of the gates, sums of it that cancel, less
+    closely (0.05 apart on a CPU too), but in its direction.
+    """
     q, k, v = make_qkv(batch=1, heads=4, n_q=700, head_dim=64, dtype=torch.bfloat16,
                        device="cuda")  # fmt: skip
     logs = torch.nn.functional.logsigmoid(torch.randn(1, 4, 700, device="cuda") + 2.0)
     logs.requires_grad_()
     upstream = torch.randn_like(q)
-    (found,) = torch.autograd.grad(forget_attention(q, k, v, decay_totals(logs)), logs, upstream)
-    totals = decay_totals(logs)
-    (wanted,) = torch.autograd.grad(oracle(q, k, v, -totals), logs, upstream.double())
-    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    totals, again = decay_totals(logs), decay_totals(logs)
+    found = torch.autograd.grad(forget_attention(q, k, v, totals), (totals, logs), upstream)
+    wanted = torch.autograd.grad(oracle(q, k, v, -again), (again, logs), upstream.double())
+    assert (found[0] - wanted[0]).norm() < 8e-3 * wanted[0].norm()
+    pair = (found[1].double().flatten(), wanted[1].double().flatten())
+    assert torch.nn.functional.cosine_similarity(*pair, dim=0) > 0.995
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

@@ -13,7 +13,6 @@ from tiny_models import distance, padded, tiny, tokens
 
 from longspan import (
     ExactConfig,
-    InfiniConfig,
     LongspanWarning,
     UnsupportedError,
     WindowConfig,
@@ -221,11 +220,3 @@ def test_missing_transformers_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.search(r"longspan\.hf needs.*'transformers'.*longspan\[hf\]", done.stdout)
-
-
-def test_infini_attention_refuses_rotated_keys(model):
-    """A patched model hands over rotated keys, which must not enter the memory."""
-    before = model.config._attn_implementation
-    with pytest.raises(UnsupportedError, match="positions must not enter the memory"):
-        patch(model, InfiniConfig(segment_length=4))
-    assert model.config._attn_implementation == before

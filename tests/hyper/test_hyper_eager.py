@@ -228,6 +228,23 @@ def test_non_contiguous_views():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_of_transposed_heads(name):
+    """As a model gives them, one sequence at a time: (1, N, H, D) with heads moved forward."""
+    q, k, v = (t.requires_grad_() for t in make_qkv(1, 2, 70, 8, dtype=torch.float64))
+    upstream = torch.randn_like(v)
+    config = ALL[name]
+    wanted = torch.autograd.grad(
+        hyper_attention(q, k, v, is_causal=True, config=config), (q, k, v), upstream
+    )
+    moved = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    found = torch.autograd.grad(
+        hyper_attention(*moved, is_causal=True, config=config), (q, k, v), upstream
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", ["kmeans", "paper"])
 def test_memory_is_linear(name):
     """No tensor of the size of the scores is made, forward or backward."""

@@ -100,6 +100,61 @@ def test_same_bits_again():
         assert torch.equal(first, second)
 
 
+def test_parts_of_a_segment_add_up(nan_scratch):
+    """The memory's gradient, in one piece and in parts, of which the last may be empty."""
+    from longspan.infini.impl.triton.mix import Layout
+    from longspan.infini.impl.triton.mix_bwd import mix_backward
+
+    layout = Layout(40, 0, 0, 70, True)
+    query, local, grad = (torch.randn(1, 4, 70, 16) for _ in range(3))
+    memory, total = torch.randn(1, 2, 2, 16, 16), torch.rand(1, 2, 2, 16)
+    rest = (torch.randn(4), torch.tensor([1]), None, layout)
+    whole = mix_backward(grad, query, local, memory, total, *rest, parts=1)
+    for parts in (2, 4):
+        pieces = mix_backward(grad, query, local, memory, total, *rest, parts=parts)
+        for a, b in zip(pieces, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_rows_that_are_loaded_in_turns(nan_scratch):
+    """One warp loads 16 of 64 rows at once: the sums over them are in four pieces."""
+    from longspan._triton.launch import KernelConfig
+    from longspan.infini.impl.triton.delta import segment_turns
+    from longspan.infini.impl.triton.sums import segment_sums
+
+    key, value = torch.randn(1, 2, 120, 16), torch.randn(1, 2, 120, 8)
+    sizes = KernelConfig(64, 64, 1, 1)
+    phi = torch.where(key > 0, key + 1, key.exp()).unflatten(2, (2, 60))
+    memory, total = segment_sums(key, value, None, 60, 2, sizes)
+    want = phi.transpose(-1, -2) @ value.unflatten(2, (2, 60))
+    torch.testing.assert_close(memory[:, :, 1:], want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(total[:, :, 1:], phi.sum(3), rtol=1e-5, atol=1e-4)
+    before, weights = torch.rand(1, 2, 3, 16), torch.randn(1, 2, 2, 16, 16)
+    weights = weights + weights.transpose(-1, -2)
+    got = segment_turns(key, before, weights, None, 60, sizes)
+    den = (phi @ before[:, :, :2].unsqueeze(-1)).squeeze(-1)
+    dden = 0.5 * ((phi @ weights) * phi).sum(-1) / den.square()
+    want = (dden.unsqueeze(-1) * phi).sum(3)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_are_added_to_those_of_others(nan_scratch):
+    """Keys and values past the last segment, and padded ones, get the others' alone."""
+    from longspan.infini.impl.triton.sums import segment_sums_backward
+
+    key, value = torch.randn(2, 1, 23, 8), torch.randn(2, 1, 23, 16)
+    memory, total = torch.randn(2, 1, 3, 8, 16), torch.randn(2, 1, 3, 8)
+    lengths = torch.tensor([23, 12], dtype=torch.int32)
+    more = torch.randn(2, 23, 1, 8).transpose(1, 2), torch.randn(2, 1, 23, 16)
+    for given in ((None, None), (more[0], None), (None, more[1]), more):
+        alone = segment_sums_backward(memory, total, key, value, lengths, 10, 2)
+        got = segment_sums_backward(
+            memory, total, key, value, lengths, 10, 2, more_key=given[0], more_value=given[1]
+        )
+        for a, b, other in zip(got, alone, given, strict=True):
+            torch.testing.assert_close(a, b if other is None else b + other)
+
+
 def test_operators_pass_opcheck():
     key, value = torch.randn(2, 1, 12, 8, requires_grad=True), torch.randn(2, 1, 12, 8)
     memory, z = torch.randn(2, 1, 8, 8, requires_grad=True), torch.rand(2, 1, 8)

@@ -445,3 +445,22 @@ def test_empty():
     assert not part.log_rest.any()
     grads = stick_backward(part.output, None, q, k, v, *reorder(part), **settings)
     assert not grads[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_keep_the_strides_their_fakes_promise(dtype):
+    """Compilers lay out memory by the fakes; inputs are transposed, as models give them."""
+    from longspan.stick_breaking.ops import stick_breaking_bwd, stick_breaking_fwd
+
+    q, k, v = (torch.randn(1, 20, 2, 16).to(dtype).transpose(1, 2) for _ in range(3))
+    settings = (None, None, None, None, 20, 20, 0.25, 0, False, None, None, None)
+    checks = ("test_faketensor",)
+    results = stick_breaking_fwd(q, k, v, *settings, True, "triton")
+    torch.library.opcheck(
+        stick_breaking_fwd, (q, k, v, *settings, True, "triton"), test_utils=checks
+    )
+    grads = (torch.randn_like(results[0]).transpose(1, 2).contiguous().transpose(1, 2),
+             torch.randn_like(results[1]))  # fmt: skip
+    torch.library.opcheck(
+        stick_breaking_bwd, (*grads, q, k, v, *results, *settings, "triton"), test_utils=checks
+    )

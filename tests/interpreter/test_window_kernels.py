@@ -17,7 +17,9 @@ from longspan._validation import validate
 from longspan.testing import make_qkv
 from longspan.window import window_attention_chunk
 from longspan.window.impl.reference import window_reference
+from longspan.window.impl.triton import forward
 from longspan.window.impl.triton.forward import triton_forward
+from longspan.window.impl.triton.tiles import descriptors
 from longspan.window.ops import window_fwd
 from window_cases import CASES, Case, assert_matches_reference, attend
 
@@ -47,6 +49,29 @@ def test_both_orders_of_tiles(case, is_one_loop, nan_scratch):
     assert got[0].shape == want.output.shape
     torch.testing.assert_close(got[0].double(), want.output, rtol=0, atol=2e-6 * size)
     torch.testing.assert_close(got[1].double(), want.lse, rtol=0, atol=2e-6 * size)
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda c: c.id)
+def test_copied_tiles_equal_loaded_ones(case, nan_scratch, monkeypatch):
+    """Tiles by the tensor memory accelerator, against pointers: the same bits."""
+    if case.padded:
+        pytest.skip("key_lengths always take pointers")
+    q, k, v = make_qkv(case.batch, case.heads, case.n_q, case.dim, n_k=case.n_k,
+                       kv_heads=case.kv_heads, value_dim=case.value_dim, kind=case.kind,
+                       transposed=case.transposed, dtype=torch.bfloat16)  # fmt: skip
+    config = WindowConfig(window=case.window, num_sinks=case.sinks)
+    call = validate("test", q, k, v, is_causal=case.is_causal, scale=case.scale, enable_gqa=True,
+                    query_offset=case.offset)  # fmt: skip
+    made = []
+    monkeypatch.setattr(forward, "descriptors", lambda *a: made.append(a[0]) or descriptors(*a))
+    by_pointers, by_copies = (
+        triton_forward(call, config, None, None, 0, 0,
+                       pick([KernelConfig(64, 64, 4, 2, is_tma=is_tma)]))
+        for is_tma in (False, True)
+    )  # fmt: skip
+    assert made == [False, True]
+    for got, want in zip(by_copies, by_pointers, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,11 +1,12 @@
 """The reference transformer: causal, streaming equals whole, packed equals apart, it learns."""
 
+import dataclasses
 import inspect
 
 import pytest
 import torch
 
-from longspan import ExactConfig, WindowConfig
+from longspan import ExactConfig, InfiniConfig, WindowConfig
 from longspan.errors import ConfigError, LongspanError, ShapeError, UnsupportedError
 from longspan.mechanisms import MECHANISMS
 from longspan.models import (
@@ -15,6 +16,7 @@ from longspan.models import (
     next_token_loss,
 )
 from longspan.models.attend import CausalAttention
+from longspan.nn import gate_parameter_groups
 
 WINDOW = WindowConfig(window=5, num_sinks=2)
 VARIANTS = {
@@ -25,6 +27,12 @@ VARIANTS = {
     "forget-gqa": {"positions": "forget", "kv_heads": 2},
     "gqa": {"kv_heads": 2, "qk_norm": True},
     "window": {"attention": WINDOW},
+    "infini": {"attention": InfiniConfig(segment_length=4), "kv_heads": 2},
+    "infini-delta": {"attention": InfiniConfig(segment_length=3, update="delta"), "qk_norm": True},
+    "infini-gated": {
+        "attention": InfiniConfig(segment_length=4, update="gated_delta"),
+        "kv_heads": 2,
+    },
     "mixed": {"attention": (WINDOW, ExactConfig(), WINDOW), "layers": 3, "kv_heads": 1},
     "untied": {"tie_embeddings": False, "head_dim": 6, "mlp_width": 40},
 }
@@ -83,6 +91,36 @@ def test_chunks_equal_the_whole(model, sizes):
             parts.append(logits)
         close(torch.cat(parts, dim=1), model(ids))
     assert state.seen == 23
+
+
+def test_a_gated_memory_is_written_as_strongly_as_each_token_says():
+    """What the layer projects reaches the memory: other biases, another memory."""
+    model, ids = make("infini-gated"), tokens(1, 12)
+    first = model.forward_chunk(ids).final_state.layers[0].memory
+    with torch.no_grad():
+        model.blocks[0].attention.write.bias[:2] += 1.0
+        stronger = model.forward_chunk(ids).final_state.layers[0].memory
+        model.blocks[0].attention.write.bias[2:] -= 8.0
+        forgetful = model.forward_chunk(ids).final_state.layers[0].memory
+    assert (stronger - first).abs().max() > 0.01
+    assert forgetful.norm() < 0.9 * stronger.norm()
+
+
+def test_positions_do_not_reach_the_memory():
+    """Rotated keys would: the model with positions off gives other keys, but the same memory."""
+    model, ids = make("infini"), tokens(1, 12)
+    first = model.forward_chunk(ids).final_state.layers[0]
+    model.config = dataclasses.replace(model.config, positions="none")
+    second = model.forward_chunk(ids).final_state.layers[0]
+    close(second.memory, first.memory)
+    close(second.normaliser, first.normaliser)
+
+
+def test_gates_have_their_own_optimizer_group():
+    model = make("infini")
+    groups = gate_parameter_groups(model, lr=1e-3, gate_lr=1e-2, weight_decay=0.1)
+    assert [tuple(p.shape) for p in groups[1]["params"]] == [(4,), (4,)]
+    assert groups[1]["params"][0][0] == -3  # spread, and not drawn with the weights
 
 
 def test_window_layers_keep_a_window():
@@ -335,7 +373,9 @@ def test_wrong_axes():
 
 @pytest.mark.parametrize("name", list(MECHANISMS))
 def test_every_mechanism_trains_or_says_why_not(name):
-    config = MECHANISMS[name].config_class()
+    config = (
+        InfiniConfig(segment_length=16) if name == "infini" else MECHANISMS[name].config_class()
+    )
     parameters = inspect.signature(MECHANISMS[name].function).parameters
     settings = TransformerConfig(
         vocab_size=50, width=32, layers=1, heads=2, positions="none", attention=config

@@ -129,6 +129,51 @@ def test_report(finished):
         build_report([])
 
 
+def test_shipping(finished, prepared, tmp_path, monkeypatch):
+    """What the tool puts into the package is found by name and is the model of the study."""
+    import importlib.util
+    from pathlib import Path
+
+    from longspan.models import shipped
+    from longspan.train.trained import load_trained
+
+    folder, rows, _ = finished
+    path = Path(__file__).resolve().parents[2] / "tools" / "ship_study.py"
+    spec = importlib.util.spec_from_file_location("ship_study", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    home = tmp_path / "models" / "shipped"
+    tool.ship([folder], prepared / "tokenizer.json", rows_path=tmp_path / "r.jsonl", shipped=home)
+    monkeypatch.setattr(shipped, "files", lambda package: tmp_path / "models")
+    assert list(shipped.shipped_models()) == ["longspan-rope", "longspan-stick-breaking"]
+    loaded = load_trained("longspan-stick-breaking")
+    kept = Transformer.load(folder / "models" / "stick-breaking").float()
+    assert torch.equal(loaded.model.embedding.weight, kept.embedding.weight)
+    row = next(r for r in kinds(rows)["sibling"] if r["variant"] == "rope")
+    card = (home / "rope" / "README.md").read_text()
+    assert f"{row['losses']['32']:.4f}" in card
+    assert "longspan study" in card
+    monkeypatch.setattr(tool, "MOST_BYTES", 10)
+    with pytest.raises(SystemExit, match="above 10"):
+        tool.ship([folder], prepared / "tokenizer.json", shipped=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_some_phases(prepared, tiny_sizes, tmp_path, finished):
+    """What a second process with the plan of the first does."""
+    (tmp_path / "plan.json").write_text((finished[0] / "plan.json").read_text())
+    settings = {"sizes": tiny_sizes, "budget_minutes": 0.05, "device": "cpu"}
+    outcome = run_study(open_data(prepared), tmp_path, only=["small:rope"], **settings)
+    assert outcome.is_finished
+    assert [(row["kind"], row["variant"]) for row in outcome.rows] == [("sibling", "rope")]
+    whole = next(
+        row for row in finished[1] if row["kind"] == "sibling" and row["variant"] == "rope"
+    )
+    assert outcome.rows[0]["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    with pytest.raises(ConfigError, match="no phase"):
+        run_study(open_data(prepared), tmp_path, only=["small:fox"], **settings)
+
+
 def made_up(stick, rope, *, trained=2048):
     """Rows of a study with these losses by length, over four books."""
     books = ["a", "b", "c", "d"]

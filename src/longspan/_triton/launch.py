@@ -20,6 +20,7 @@ class KernelConfig(NamedTuple):
     """One launch configuration: tile sizes, warps, pipeline stages, a cap on registers a thread.
 
     is_one_loop: for kernels that can visit masked and unmasked tiles in one loop or in several.
+    is_tma: for kernels that can load tiles by the tensor memory accelerator (sm_90 and later).
     """
 
     block_m: int
@@ -28,6 +29,7 @@ class KernelConfig(NamedTuple):
     num_stages: int
     max_registers: int | None = None
     is_one_loop: bool = False
+    is_tma: bool = False
 
     def options(self) -> dict[str, int]:
         """Launch options for Triton."""
@@ -71,7 +73,8 @@ def pick(configs: Sequence[KernelConfig]) -> KernelConfig:
         from .interpreter import repair_interpreter
 
         repair_interpreter()
-        return KernelConfig(16, 16, 4, 1, is_one_loop=configs[0].is_one_loop)
+        first = configs[0]
+        return KernelConfig(16, 16, 4, 1, is_one_loop=first.is_one_loop, is_tma=first.is_tma)
     return configs[0]
 
 

@@ -117,7 +117,7 @@ def load_inputs(
 
     document = load_text(text)
     where = check_device(device)
-    loaded = _load_model(model, where, check_dtype(dtype, where))
+    loaded = load_model(model, where, check_dtype(dtype, where))
     try:
         tokens = take_tokens(document, loaded.tokenizer, num_tokens)
     except ConfigError as error:
@@ -144,7 +144,7 @@ def load_inputs(
     return Inputs(tokenizer=loaded.tokenizer, text=document.text, subject=subject)
 
 
-def _load_model(name: str, device: Any, dtype: Any) -> Any:
+def load_model(name: str, device: Any, dtype: Any) -> Any:
     """Load with a spinner, and a bar with time left while something is downloaded."""
     from ..models import load
 
@@ -157,8 +157,13 @@ def _load_model(name: str, device: Any, dtype: Any) -> Any:
         return load(name, device=device, dtype=dtype, progress=progress)
 
 
-def plan(attention: Sequence[str] | None, default: Sequence[str]) -> list[Any]:
-    """Candidates from specs, exact attention first."""
-    from ..eval.compare_plan import plan_candidates
+def plan(attention: Sequence[str] | None, length: int, *, model: str) -> list[Any]:
+    """Candidates from specs, or those of the model and length; exact attention first."""
+    from ..eval.compare_plan import default_attentions, plan_candidates
+    from ..models.shipped import native_mechanism
 
-    return plan_candidates(attention or default)
+    native = native_mechanism(model)
+    if native is not None:
+        errors.print(f"note: exact means this model's own attention: {native}, every key.")
+    default = default_attentions(length, native=native)
+    return plan_candidates(attention or default, native=native)

@@ -51,11 +51,10 @@ def compare(
     """
     count = check_length("--length", length if length is not None else 1024 if quick else 4096)
     from ..eval.compare import compare as run_compare
-    from ..eval.compare_plan import default_attentions
     from ..eval.report import comparison_table, headline, write_page
     from ._run import run_lines
 
-    candidates = plan(attention, default_attentions(count))
+    candidates = plan(attention, count, model=model)
     inputs = load_inputs(model, text, num_tokens=count, device=device, dtype=dtype)
     folder = run_folder(out, "compare", model, count)
     outcome = run_lines(

@@ -1,4 +1,4 @@
-"""`longspan generate`: continue a text with a model that longspan trained."""
+"""`longspan generate`: continue a text, also one of any length in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,27 +21,33 @@ def generate(
     model: str = "longspan-stick-breaking",
     prompt: str | None = None,
     text: Path | None = None,
-    context: int = 1024,
+    context: int | None = None,
     tokens: int = 200,
     temperature: float = 0.8,
     top_k: int | None = 40,
     seed: int = 0,
     chunk: int = 2048,
     early_stop: float | None = None,
+    stream: Path | None = None,
+    save_every: int = 4096,
+    adapter: Path | None = None,
+    attention: str | None = None,
     device: str | None = None,
+    dtype: str | None = None,
 ) -> int:
     """Continue a prompt, or a book after its first tokens. Small models write small prose.
 
     Parameters
     ----------
     model
-        A model that comes with longspan, or the model folder of a run of `longspan train`.
+        A model that comes with longspan, or the model folder of a run of `longspan train`; with
+        --stream also a Hugging Face model: a name from `longspan models`, a folder, a hub name.
     prompt
         What to continue.
     text
         Continue this text file instead; without it and without a prompt, the bundled book.
     context
-        Tokens of the text to read first.
+        Tokens of the text to read first. Default: 1024; with --stream, the whole text.
     tokens
         How many to write.
     temperature
@@ -54,8 +60,20 @@ def generate(
         Tokens read at a time.
     early_stop
         For stick-breaking models: stop reading back when less than this share is left, e.g. 1e-4.
+    stream
+        Folder of a stream: read and write in memory that does not grow with the text. The same
+        command goes on after a kill, and with a larger --tokens. For models with Infini-attention
+        or windows.
+    save_every
+        Tokens between two saves of a stream.
+    adapter
+        Folder of longspan.hf.save_adapter, for a Hugging Face model in a stream.
+    attention
+        Attention to put on a Hugging Face model in a stream, e.g. window:window=1024.
     device
         cpu or cuda.
+    dtype
+        float32, bfloat16 or float16, in a stream. Default: float32 on a CPU, else bfloat16.
     """
     import torch
 
@@ -66,6 +84,26 @@ def generate(
     if prompt is not None and text is not None:
         raise ConfigError("--prompt: came together with --text. Allowed: one of them. Drop one.")
     where = check_device(device)
+    if stream is not None:
+        from ._stream import stream as run_stream
+
+        if early_stop is not None:
+            raise ConfigError(
+                "--early-stop: came with --stream. Allowed: without it, for stick-breaking models, "
+                "whose state grows with the text. Drop one."
+            )
+        return run_stream(
+            model, stream, prompt=prompt, text=text, context=context, tokens=tokens,
+            temperature=temperature, top_k=top_k, seed=seed, chunk=chunk, save_every=save_every,
+            adapter=adapter, attention=attention, device=where, dtype=dtype,
+        )  # fmt: skip
+    for option, value in (("--adapter", adapter), ("--attention", attention), ("--dtype", dtype)):
+        if value is not None:
+            raise ConfigError(
+                f"{option}: {value} came without --stream. Allowed: in a stream. Add --stream "
+                "FOLDER, or leave it out."
+            )
+    context = 1024 if context is None else context
     with step("loading"):
         loaded = load_trained(model, device=where)
     net = loaded.model

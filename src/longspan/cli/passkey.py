@@ -51,7 +51,6 @@ def passkey(
     dtype
         float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU.
     """
-    from ..eval.compare_plan import default_attentions
     from ..eval.jobs import passkey_jobs, run_jobs
     from ..eval.passkey import check_haystack
     from ..eval.report.terminal import passkey_tables
@@ -61,7 +60,7 @@ def passkey(
     length_list = [check_length("--lengths", n, least=64) for n in numbers("--lengths", lengths)]
     depth_list = numbers("--depths", depths, float)
     check_length("--trials", trials, least=1)
-    candidates = plan(attention, default_attentions(max(length_list)))
+    candidates = plan(attention, max(length_list), model=model)
     inputs = load_inputs(model, text, num_tokens=2, device=device, dtype=dtype)
     subject = inputs.subject
     jobs = passkey_jobs(

@@ -56,7 +56,6 @@ def ppl(
     dtype
         float32, bfloat16 or float16. Default: float32 on a CPU, bfloat16 on a GPU.
     """
-    from ..eval.compare_plan import default_attentions
     from ..eval.jobs import perplexity_jobs, run_jobs, tail_jobs
     from ..eval.layers import count_full_layers
     from ..eval.report.terminal import perplexity_table, tail_table
@@ -70,7 +69,7 @@ def ppl(
             "--contexts: came together with --patched. Allowed: one of them. Run the command twice."
         )
     needed = max(context_list) + tail if context_list else check_length("--tokens", tokens)
-    candidates = plan(attention, default_attentions(window))
+    candidates = plan(attention, window, model=model)
     inputs = load_inputs(model, text, num_tokens=needed, device=device, dtype=dtype, at="--tokens")
     subject = inputs.subject
     if context_list:

@@ -24,6 +24,10 @@ def study(
     prepare_only: bool = False,
     report: bool = False,
     device: str | None = None,
+    model: str = "smollm2-135m",
+    tokens: tuple[int, ...] = (4096, 8192),
+    prompts: int = 50,
+    only: str | None = None,
 ) -> int:
     """Train, evaluate and report. The same command again goes on where it stopped.
 
@@ -31,6 +35,9 @@ def study(
     ----------
     name
         stick-breaking-length: does perplexity keep improving beyond the training length?
+        hyper-pretrained: what does HyperAttention cost in a pretrained model?
+        hyper-finetune: does training under it close its gap to exact attention?
+        infini-passkey: does Infini-attention, trained at 5,000 tokens, find a key in a million?
     train
         Texts to train on: a folder of .txt files or an archive.
     heldout
@@ -51,13 +58,43 @@ def study(
         Only write the report of the rows that --out has.
     device
         cpu or cuda.
+    only
+        Phases, with commas, e.g. small:rope,recall; all others are left out. For
+        hyper-pretrained: of perplexity, tasks, layers and mass. For infini-passkey: e.g.
+        linear:0,local:0.
+    model
+        hyper-pretrained: a name of `longspan models`, a folder, or owner/name.
+    tokens
+        hyper-pretrained: lengths.
+    prompts
+        hyper-pretrained: per task and length.
     """
     from ..studies.registry import get_study
 
     info = get_study(name)
     folder = run_folder(out, "study", info.name)
     if report:
-        return _write_report(folder)
+        return _write_report(info.package, folder)
+    if info.name == "hyper-pretrained":
+        from ..models import load
+        from ..studies.hyper_pretrained.run import PARTS, run_pretrained
+        from ..studies.hyper_pretrained.texts import heldout_texts
+
+        with step(f"model {model}"):
+            loaded = load(model, device=check_device(device))
+        finished = run_pretrained(
+            loaded,
+            heldout_texts(heldout),
+            folder,
+            tokens=tokens,
+            prompts=prompts,
+            parts=only.split(",") if only else PARTS,
+            stop_after=stop_after,
+            listener=_say,
+        ).is_finished
+        if not finished:
+            console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
+        return _write_report(info.package, folder)
     if data is None and (train is None or heldout is None):
         raise ConfigError(
             "--train: came without both texts. Allowed: --train and --heldout (folders of .txt "
@@ -76,6 +113,41 @@ def study(
     if prepare_only:
         console.print(f"Prepared: {data.absolute()}", soft_wrap=True)
         return 0
+    if info.name == "hyper-finetune":
+        from ..studies.hyper_finetune import run as finetune
+
+        finished = finetune.run_finetune(
+            open_data(data),
+            folder,
+            sizes=finetune.SMALL if small else finetune.FULL,
+            device=check_device(device),
+            stop_after=stop_after,
+            listener=_say,
+        ).is_finished
+        if not finished:
+            console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
+        return _write_report(info.package, folder)
+    if info.name == "infini-passkey":
+        from ..studies.infini_passkey import run as passkey
+
+        asked = passkey.run_passkey(
+            open_data(data),
+            data / "tokenizer.json",
+            folder,
+            sizes=passkey.SMALL if small else passkey.FULL,
+            budget_minutes=None if small else budget,
+            device=check_device(device),
+            stop_after=stop_after,
+            only=only.split(",") if only else None,
+            listener=_say,
+        )
+        for failure in asked.failures:
+            console.print(f"failed: {failure}", markup=False, soft_wrap=True)
+        code = _write_report(info.package, folder)
+        if not asked.is_finished:
+            console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
+            return 1 if asked.failures else code
+        return code
     outcome = run_study(
         open_data(data),
         folder,
@@ -83,23 +155,30 @@ def study(
         budget_minutes=budget,
         device=check_device(device),
         stop_after=stop_after,
-        listener=lambda text: console.print(f"  {text}", markup=False, soft_wrap=True),
+        only=only.split(",") if only else None,
+        listener=_say,
     )
     for failure in outcome.failures:
         console.print(f"failed: {failure}", markup=False, soft_wrap=True)
-    code = _write_report(folder)
+    code = _write_report(info.package, folder)
     if not outcome.is_finished:
         console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
         return 1 if outcome.failures else code
     return code
 
 
-def _write_report(folder: Path) -> int:
+def _say(text: str) -> None:
+    console.print(f"  {text}", markup=False, soft_wrap=True)
+
+
+def _write_report(package: str, folder: Path) -> int:
+    from importlib import import_module
+
     from ..eval.rows import read_rows
     from ..studies.report import render_markdown, write_html
-    from ..studies.stick_breaking_length.page import build_report
 
-    built = build_report(read_rows(folder / "rows.jsonl"))
+    page_module = import_module(f"longspan.studies.{package}.page")
+    built = page_module.build_report(read_rows(folder / "rows.jsonl"))
     page = write_html(built, folder / "report.html")
     (folder / "report.md").write_text(render_markdown(built), encoding="utf-8")
     console.print(built.headline, markup=False)

@@ -24,6 +24,7 @@ from .tiles import Tile, local_lengths, tiles
 __all__ = ["exact_ring"]
 
 _NAME = "ring_attention"
+_LEAST_CUDNN = 256  # rows and columns of a tile
 
 
 class _Plan(NamedTuple):
@@ -64,7 +65,7 @@ class _ExactRing(torch.autograd.Function):
                 part = AttentionOutput(*exact_fwd(
                     query[:, :, span], *_columns(tile, k, v), None,
                     local_lengths(key_lengths, tile.columns), tile.is_causal, plan.scale, 0,
-                    plan.backend,
+                    _backend(plan, tile),
                 ))  # fmt: skip
                 held = AttentionOutput(output[:, :, span], lse[:, :, span])
                 output[:, :, span], lse[:, :, span] = merge([held, part])
@@ -92,7 +93,7 @@ class _ExactRing(torch.autograd.Function):
                     grad_output[:, :, span], None if grad_lse is None else grad_lse[:, :, span],
                     query[:, :, span], *_columns(tile, k, v), output[:, :, span], lse[:, :, span],
                     None, local_lengths(key_lengths, tile.columns), tile.is_causal, plan.scale, 0,
-                    plan.backend,
+                    _backend(plan, tile),
                 )  # fmt: skip
                 dq[:, :, span] += part[0]
                 dk[:, :, tile.k_start : tile.k_stop] += part[1]
@@ -157,6 +158,12 @@ class _GradientsAround:
         if self._under_way is not None:
             self._under_way.wait()
         return self._coming[0], self._coming[1]
+
+
+def _backend(plan: _Plan, tile: Tile) -> str:
+    """cuDNN for large tiles; scraps of documents go to flash, which takes every shape."""
+    least = min(tile.q_stop - tile.q_start, tile.k_stop - tile.k_start)
+    return "flash" if plan.backend == "cudnn" and least < _LEAST_CUDNN else plan.backend
 
 
 def _columns(tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ All of them are torch.distributed calls; a failure becomes a RankError that name
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from .group import ContextGroup
 from .layout import SequenceLayout, Span
 
 __all__ = [
+    "Held",
     "Message",
     "Transfer",
     "all_to_all",
@@ -35,6 +36,13 @@ class Message(NamedTuple):
 
     tensor: Tensor
     rank: int
+
+
+class Held(Protocol):
+    """Which rows a rank holds: a `SequenceLayout`, or the same of another table of rows."""
+
+    def spans(self, rank: int) -> tuple[Span, ...]:
+        """Disjoint, in order."""
 
 
 class Transfer:
@@ -127,7 +135,7 @@ def gather_ranks(tensor: Tensor, group: ContextGroup) -> Tensor:
 def fetch_rows(
     tensor: Tensor,
     group: ContextGroup,
-    layout: SequenceLayout,
+    layout: Held,
     wanted: tuple[tuple[Span, ...], ...],
 ) -> Tensor:
     """Chosen tokens from wherever they are; differentiable.
@@ -223,14 +231,15 @@ class _AllToAll(torch.autograd.Function):
 def _all_to_all(
     group: ContextGroup, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, ...]:
-    sent = torch.cat([part.reshape(-1) for part in parts])
+    own = group.rank
+    leaving = [part.reshape(-1) for rank, part in enumerate(parts) if rank != own]
     counts = [torch.Size(shape).numel() for shape in shapes]
+    sizes = [part.numel() for part in parts]
+    counts[own] = sizes[own] = 0  # NCCL moves a rank's part to itself, too, and slowly
+    sent = torch.cat(leaving) if len(leaving) > 1 else leaving[0].contiguous()
     received = sent.new_empty(sum(counts))
     with group.guard("all_to_all"):
-        dist.all_to_all_single(
-            received, sent, counts, [part.numel() for part in parts], group=group.group
-        )
-    return tuple(
-        piece.view(shape)
-        for piece, shape in zip(torch.split(received, counts), shapes, strict=True)
-    )
+        dist.all_to_all_single(received, sent, counts, sizes, group=group.group)
+    pieces = list(torch.split(received, counts))
+    pieces[own] = parts[own]
+    return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._select import choose_impl
+from .._triton.launch import capability
 from .._validation import Call, validate
 from ..errors import UnsupportedError
 from ..exact.api import exact_attention_with_lse
@@ -293,7 +294,12 @@ def _exact(task: _Task, config: ExactConfig) -> tuple[Tensor, Tensor]:
 
 
 def exact_backend(name: str, call: Call, config: ExactConfig) -> str:
-    """The kernel of the parts; one that returns lse."""
+    """The kernel of the parts; one that returns lse. On Hopper cuDNN, if it takes the call."""
+    query, cudnn = call.query, ExactConfig(backend="cudnn")
+    is_hopper = query.is_cuda and capability(query.device.index or 0) == (9, 0)
+    takes_it = exact_implementations(call, cudnn, needs_lse=True)[0].refusal is None
+    if config.backend == "auto" and is_hopper and takes_it:
+        config = cudnn
     report = exact_implementations(call, config, needs_lse=True)[0]
     if report.refusal is not None:
         raise UnsupportedError(f"{name}: {report.refusal}. Use ExactConfig(backend='auto').")

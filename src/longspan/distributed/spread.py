@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from .ulysses import ulysses_attention, ulysses_attention_varlen
 
 __all__ = ["SCHEMES", "attend_across_ranks", "spread_transformer"]
 
-SCHEMES = ("ring", "ulysses", "state_passing")
+SCHEMES = ("ring", "ulysses", "state_passing", "clusters")
 
 
 def attend_across_ranks(
@@ -33,7 +33,8 @@ def attend_across_ranks(
     """Causal self-attention by a scheme, for packed or plain layouts, with one return type.
 
     Args:
-        scheme: "ring", "ulysses" or "state_passing".
+        scheme: "ring", "ulysses", "state_passing" (Infini-attention) or "clusters"
+            (HyperAttention).
         query, key, value: (B, H or H_kv, n, D); B is 1 for packed documents.
         config, group, layout, **settings: as in `ring_attention` and `ulysses_attention`.
 
@@ -55,13 +56,23 @@ def attend_across_ranks(
             query, key, value, config=config, **common
         ).output
         return passed
+    if scheme == "clusters":
+        from .clusters import hyper_attention_across_ranks
+
+        return hyper_attention_across_ranks(query, key, value, config=config, **common).output
     if layout.cu_seqlens is None:
         dense: Any = ring_attention if scheme == "ring" else ulysses_attention
         result = dense(query, key, value, config, **common)
         return result if isinstance(result, Tensor) else result.output
     packed: Any = ring_attention_varlen if scheme == "ring" else ulysses_attention_varlen
     common.pop("key_lengths", None)
-    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+
+    def pack(item: Any) -> Any:
+        tokens = isinstance(item, Tensor) and item.ndim >= 3
+        return item.squeeze(0).transpose(0, 1) if tokens else item
+
+    q, k, v = (pack(tensor) for tensor in (query, key, value))
+    common = {name: pack(item) for name, item in common.items()}
     joined: Tensor = packed(q, k, v, config, **common).transpose(0, 1).unsqueeze(0)
     return joined
 
@@ -80,8 +91,8 @@ def spread_transformer(
     Args:
         model: a `longspan.models.Transformer`, also one that FSDP2 shards.
         group, layout: who shares the sequences, and how.
-        scheme: "ring" (exact, window, stick-breaking), "ulysses" (every mechanism) or
-            "state_passing" (Infini-attention).
+        scheme: "ring" (exact, window, stick-breaking), "ulysses" (every mechanism),
+            "state_passing" (Infini-attention) or "clusters" (HyperAttention).
         key_lengths: (B,), valid tokens of whole sequences.
 
     Raises:
@@ -134,15 +145,24 @@ class _AcrossRanks:
         own = {k: v for k, v in inner.settings.items() if k not in ("enable_gqa", "config")}
         self._settings = {**settings, **own, **inner.random}
         self._scheme, self._config = scheme, inner.config
+        self.takes_plain = inner.takes_plain
 
-    def whole(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+    def whole(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_forget: Tensor | None = None,
+        owned: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """(B, H, n, D): this rank's tokens."""
-        if any(extra is not None for extra in (*rest, *named.values())):
+        if log_forget is not None:
             raise UnsupportedError(
                 "spread_transformer: the model puts a bias on keys (a forgetting gate), which the "
                 "schemes do not carry. Use a model without one."
             )
-        return attend_across_ranks(self._scheme, query, key, value, self._config, **self._settings)
+        settings = {**self._settings, **(owned or {})}
+        return attend_across_ranks(self._scheme, query, key, value, self._config, **settings)
 
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedError(

@@ -12,6 +12,7 @@ from ..mechanisms import MECHANISMS, mechanism_of_config
 
 __all__ = [
     "COMPARE_DEFAULTS",
+    "NATIVE_DEFAULTS",
     "Candidate",
     "default_attentions",
     "plan_candidates",
@@ -24,6 +25,17 @@ COMPARE_DEFAULTS: dict[str, Callable[[int], tuple[str, ...]]] = {
     "window": lambda length: (
         f"window:window={max(1, length // 8)}",
         f"window:window={max(1, length // 4)}",
+    ),
+}
+
+
+# The same for models that were trained with a mechanism; "exact" is then the model's own.
+NATIVE_DEFAULTS: dict[str, Callable[[int], tuple[str, ...]]] = {
+    "stick_breaking": lambda length: (
+        "stick_breaking:early_stop=6e-5",
+        "stick_breaking:early_stop=0.01",
+        f"stick_breaking:window={max(1, length // 4)}",
+        f"stick_breaking:window={max(1, length // 16)}",
     ),
 }
 
@@ -46,8 +58,16 @@ class Candidate:
         return dataclasses.asdict(self.config) if self.config is not None else {}
 
 
-def default_attentions(length: int) -> list[str]:
-    """Specs of every registered mechanism that is meaningful on a pretrained model."""
+def default_attentions(length: int, *, native: str | None = None) -> list[str]:
+    """Specs of every registered mechanism that is meaningful on a pretrained model.
+
+    Args:
+        length: tokens to read.
+        native: mechanism that the model was trained with, if not softmax: its own variants are
+            shown instead.
+    """
+    if native is not None:
+        return ["exact", *_variants(native, length)]
     specs: list[str] = []
     for name, mechanism in MECHANISMS.items():
         if mechanism.on_pretrained:
@@ -55,7 +75,7 @@ def default_attentions(length: int) -> list[str]:
     return specs
 
 
-def plan_candidates(specs: Sequence[str]) -> list[Candidate]:
+def plan_candidates(specs: Sequence[str], *, native: str | None = None) -> list[Candidate]:
     """Parse specs; exact attention comes first whether asked for or not, repeats are dropped.
 
     The plain word "exact" means the attention the model came with, untouched: it is what a user
@@ -73,7 +93,13 @@ def plan_candidates(specs: Sequence[str]) -> list[Candidate]:
 
         config = parse_config(label)
         mechanism = mechanism_of_config(config)
-        if not mechanism.on_pretrained:
+        if native is not None and mechanism.name != native:
+            raise ConfigError(
+                f"attention: {label!r} came; this model was trained with {native}, and only its "
+                f"variants mean something on it. Allowed: {native} with other settings, e.g. "
+                f"{next(iter(_variants(native, 4096)), native)!r}."
+            )
+        if native is None and not mechanism.on_pretrained:
             usable = ", ".join(name for name, m in MECHANISMS.items() if m.on_pretrained)
             raise ConfigError(
                 f"attention: {label!r} came; {mechanism.name} means nothing on a pretrained model "
@@ -81,3 +107,7 @@ def plan_candidates(specs: Sequence[str]) -> list[Candidate]:
             )
         candidates.append(Candidate(label=label, mechanism=mechanism.name, config=config))
     return candidates
+
+
+def _variants(native: str, length: int) -> tuple[str, ...]:
+    return NATIVE_DEFAULTS[native](length) if native in NATIVE_DEFAULTS else ()

@@ -125,7 +125,13 @@ def patched_model(model: Any, candidate: Candidate, layers: str) -> Iterator[Any
         yield None
         return
     from ..hf import patch
+    from ..hf.native import native_attention
 
+    native = native_attention(model)
+    if native is not None:
+        with native.replaced(candidate.config, layers) as report:
+            yield report
+        return
     with patch(model, candidate.config, layers=layers) as report:
         yield report
 

@@ -12,12 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._select import choose_impl
 from .._triton.launch import capability
-from .._validation import Call, validate, validate_varlen
+from .._validation import Call, check_config, validate, validate_varlen
 from .._varlen import run_each_sequence
 from ..errors import ShapeError, UnsupportedError
 from ..types import AttentionOutput, Impl, ImplReport
 from .config import ExactConfig
 from .impl.reference import exact_reference
+from .impl.vendor import positive_scale
 from .ops import exact_fwd
 
 __all__ = [
@@ -41,6 +42,7 @@ _HOPPER_ORDER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_CUDNN_WIDEST = 128
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -100,8 +102,14 @@ def exact_attention(
         >>> exact_attention(q, q, q, is_causal=True).shape
         torch.Size([1, 2, 128, 64])
     """
+    check_config("exact_attention", config, ExactConfig)
     call = _validated("exact_attention", query, key, value, attn_mask, is_causal, scale,
                       enable_gqa, query_offset, key_lengths)  # fmt: skip
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ShapeError(
+            f"exact_attention: dropout_p is {dropout_p}; it must be a probability, 0.0 to 1.0. "
+            "Pass 0.0 to drop nothing."
+        )
     chosen = choose_impl("exact_attention", impl, implementations(call, config, attn_mask))
     if chosen is Impl.EAGER and _is_torch_call(call, config):
         return _torch_call(call, attn_mask, dropout_p, config)
@@ -142,7 +150,7 @@ def exact_attention_with_lse(
 
     Raises:
         ShapeError, UnsupportedError: as `exact_attention`; also for dropout, for a mask that
-            requires a gradient, and for the backends "cudnn" and "efficient".
+            requires a gradient, and for the backend "efficient".
 
     Cost:
         As `exact_attention`, never N_q x N_k memory, forward or backward. The gradient through
@@ -153,6 +161,7 @@ def exact_attention_with_lse(
         >>> exact_attention_with_lse(q, q, q, is_causal=True).lse.shape
         torch.Size([1, 2, 128])
     """
+    check_config("exact_attention_with_lse", config, ExactConfig)
     call = _validated("exact_attention_with_lse", query, key, value, attn_mask, is_causal, scale,
                       enable_gqa, query_offset, key_lengths)  # fmt: skip
     if dropout_p != 0.0:
@@ -209,6 +218,7 @@ def exact_attention_varlen(
         torch.Size([10, 2, 16])
     """
     name = "exact_attention_varlen"
+    check_config(name, config, ExactConfig)
     call = validate_varlen(name, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                            max_seqlen_k, is_causal=is_causal, scale=scale,
                            enable_gqa=enable_gqa)  # fmt: skip
@@ -305,15 +315,16 @@ def _torch_call(
         chosen = sdpa_kernel(_SDPA[config.backend])
     elif call.query.is_cuda and capability(call.query.device.index or 0) >= (9, 0):
         chosen = sdpa_kernel(_HOPPER_ORDER, set_priority=True)
+    sign, scale = positive_scale(call.scale)
     with chosen:
         output = F.scaled_dot_product_attention(
-            call.query,
+            call.query if sign == 1 else sign * call.query,
             call.key,
             call.value,
             attn_mask,
             dropout_p,
             call.is_causal,
-            scale=call.scale,
+            scale=scale,
             enable_gqa=call.query.shape[1] != call.key.shape[1],
         )
     if output.is_cuda and output.requires_grad:
@@ -324,14 +335,21 @@ def _torch_call(
 
 
 class _DenseGradient(torch.autograd.Function):
-    """Identity whose gradient is contiguous."""
+    """Identity whose gradient lies in memory without gaps, as the output does or contiguous.
+
+    A gradient in the output's layout needs no copy: torch would bring a contiguous one into it.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.strides = output.stride()
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        extent = 1 + sum((n - 1) * s for n, s in zip(grad.shape, grad.stride(), strict=True))
+        if grad.stride() == ctx.strides and extent == grad.numel():
+            return grad
         return grad.contiguous()
 
 
@@ -345,19 +363,24 @@ def _lse_backend(
             return "cpu", None
         half = call.query.is_cuda and call.query.dtype in _HALF
         return ("flash" if half and attn_mask is None else "chunked"), None
-    if backend in ("cudnn", "efficient"):
+    if backend == "efficient":
         return backend, (
-            f"backend {backend!r} takes no query_offset, key_lengths or other value dim and "
-            "returns no lse here; allowed are auto, flash, cpu and chunked"
+            "backend 'efficient' takes no query_offset, key_lengths or other value dim and "
+            "returns no lse here; allowed are auto, flash, cudnn, cpu and chunked"
         )
     if backend != "chunked" and attn_mask is not None:
         return backend, f"backend {backend!r} takes no attn_mask; allowed are auto and chunked"
     if backend == "cpu" and call.query.device.type != "cpu":
         return backend, f"backend 'cpu' needs CPU tensors, query is on {call.query.device}"
-    if backend == "flash" and not (call.query.is_cuda and call.query.dtype in _HALF):
+    if backend in ("flash", "cudnn") and not (call.query.is_cuda and call.query.dtype in _HALF):
         return backend, (
-            f"backend 'flash' needs float16 or bfloat16 on CUDA, query is {call.query.dtype} on "
-            f"{call.query.device}"
+            f"backend {backend!r} needs float16 or bfloat16 on CUDA, query is {call.query.dtype} "
+            f"on {call.query.device}"
+        )
+    if backend == "cudnn" and max(call.query.shape[-1], call.value.shape[-1]) > _CUDNN_WIDEST:
+        return backend, (
+            f"backend 'cudnn' takes head dims to {_CUDNN_WIDEST} here, query has "
+            f"{call.query.shape[-1]}, value {call.value.shape[-1]}; use auto or flash"
         )
     return backend, None
 
@@ -396,6 +419,8 @@ def _flash_varlen(
 ) -> Tensor:  # fmt: skip
     value_dim = value.shape[-1]
     dim = -(-max(query.shape[-1], value_dim) // 8) * 8
+    sign, scale = positive_scale(scale)
+    query = query if sign == 1 else sign * query
     query, key, value = (F.pad(t, (0, dim - t.shape[-1])) for t in (query, key, value))
     output = torch.ops.aten._flash_attention_forward(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0,

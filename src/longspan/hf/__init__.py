@@ -18,17 +18,23 @@ if TYPE_CHECKING:
     from .across_ranks import context_parallel
     from .attention import IMPLEMENTATION, register
     from .cache import make_cache
+    from .cache_file import load_cache, save_cache
     from .checkpoint import load_adapter, save_adapter
+    from .convert import convert_infini
     from .patching import Patch, patch
     from .plan import LayerPlan, format_config, parse_config
     from .positions import PositionReport, without_positions
     from .report import LayerReport
+    from .stream import PatchedStream
 
 _LAZY = {
     "IMPLEMENTATION": "attention",
     "register": "attention",
     "make_cache": "cache",
+    "load_cache": "cache_file",
+    "save_cache": "cache_file",
     "context_parallel": "across_ranks",
+    "convert_infini": "convert",
     "load_adapter": "checkpoint",
     "save_adapter": "checkpoint",
     "Patch": "patching",
@@ -37,6 +43,7 @@ _LAZY = {
     "format_config": "plan",
     "parse_config": "plan",
     "LayerReport": "report",
+    "PatchedStream": "stream",
     "PositionReport": "positions",
     "without_positions": "positions",
 }
@@ -46,15 +53,19 @@ __all__ = [
     "LayerPlan",
     "LayerReport",
     "Patch",
+    "PatchedStream",
     "PositionReport",
     "context_parallel",
+    "convert_infini",
     "format_config",
     "load_adapter",
+    "load_cache",
     "make_cache",
     "parse_config",
     "patch",
     "register",
     "save_adapter",
+    "save_cache",
     "without_positions",
 ]
 

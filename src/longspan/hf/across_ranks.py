@@ -15,6 +15,7 @@ from ..distributed.layout import SequenceLayout
 from ..distributed.spread import attend_across_ranks
 from ..errors import UnsupportedError
 from ..exact.config import ExactConfig
+from ..infini.config import InfiniConfig
 from ..window.config import WindowConfig
 from .attention import ROUTE, refuse_changes
 from .compat import get_implementation, set_implementation
@@ -56,16 +57,16 @@ def context_parallel(
         config: settings of a mechanism, or a string, for the selected layers.
         layers: as in `patch`; the others run exact attention, or their own sliding window.
         group, layout: who shares the sequences, and how.
-        scheme: "ring", "ulysses" or "state_passing", for the selected layers; the others take the
-            ring.
+        scheme: "ring", "ulysses" or "clusters" (HyperAttention), for the selected layers; the
+            others take the ring.
         key_lengths: (B,), int32: valid tokens of whole sequences, padding on the right.
         **settings: keyword arguments of every call of the mechanism, e.g. `seed=0`.
 
     Raises:
         PatchError: no attention layers that are known.
         ConfigError: unknown settings, selection or scheme.
-        UnsupportedError: inside, what cannot be honoured: an attention mask (say `key_lengths`), a
-            cache, dropout.
+        UnsupportedError: Infini-attention, whose memory must not hold rotated keys; inside, what
+            cannot be honoured: an attention mask (say `key_lengths`), a cache, dropout.
 
     Semantics:
         Inside, call the model with `input_ids` and `position_ids` of `shard_batch` and with
@@ -85,6 +86,7 @@ def context_parallel(
     config = parse_config(config) if isinstance(config, str) else config
     sliding = [layer.order for layer in found if layer.is_sliding]
     plan = LayerPlan.build(layers, config, len(found), sliding)
+    _refuse_rotated_memory(plan)
     common: dict[str, Any] = {"group": group, "layout": layout}
     if key_lengths is not None:
         common["key_lengths"] = key_lengths
@@ -110,6 +112,17 @@ def context_parallel(
             set_implementation(one, name)
         for layer in found:
             layer.module.__dict__.pop(_TASK, None)
+
+
+def _refuse_rotated_memory(plan: LayerPlan) -> None:
+    """Infini-attention must not store keys that the model has rotated, nor run without gates."""
+    if any(isinstance(config, InfiniConfig) for config in plan.configs.values()):
+        raise UnsupportedError(
+            "context_parallel: config is an InfiniConfig, but here layers have no gates, and keys "
+            "come rotated, which must not enter the memory. Use longspan.hf.convert_infini on one "
+            "process, or spread_transformer with scheme='state_passing' for a "
+            "longspan.models.Transformer."
+        )
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:

@@ -18,8 +18,10 @@ from ..window.config import WindowConfig
 from .cache_layer import holder_of
 from .calls import Request, run_dense, run_masked, run_packed
 from .compat import context_parallel_reason
+from .infini_calls import run_infini
 from .masks import Layout, layout_of_bounds, layout_of_documents, longspan_mask
 from .report import Route
+from .rotation import HANDED_OVER
 
 __all__ = ["IMPLEMENTATION", "ROUTE", "longspan_attention", "register"]
 
@@ -77,6 +79,13 @@ def longspan_attention(
     route: Route = getattr(module, ROUTE, _EXACT)
     _check(module, route, dropout, is_causal, kwargs)
     custom = attention_mask is not None and attention_mask.ndim == 4
+    if route.rotation is not None and not custom:
+        return _run_with_memory(
+            Request(module, route, query, key, value, scaling),
+            attention_mask,
+            sliding_window,
+            kwargs,
+        )
     if sliding_window is not None and not custom:  # a 4-D mask holds the window already
         route = _within_window(route, sliding_window, key.shape[2])
     request = Request(module, route, query, key, value, scaling)
@@ -114,6 +123,21 @@ def _run_custom(request: Request, attention_mask: Tensor, dropout: float) -> Ten
         request.query, request.key, request.value, attention_mask, dropout, False,
         scale=request.scale, enable_gqa=True,
     )  # fmt: skip
+
+
+def _run_with_memory(
+    request: Request, mask: Tensor | None, sliding_window: int | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, None]:
+    route = request.route
+    if sliding_window is not None:
+        raise UnsupportedError(
+            f"sliding_window: {route.name} sees the last {sliding_window} keys of the model's own "
+            f"window, which {route.mechanism.name!r} cannot keep to. Leave the layer unpatched "
+            "(layers='all' does)."
+        )
+    layout = _documents(request.query, request.key, kwargs) if mask is None else None
+    output = run_infini(request, kwargs.get(HANDED_OVER), mask, layout)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _documents(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Layout | None:

@@ -8,8 +8,10 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import PatchError
+from .attention import ROUTE
 from .cache_layer import BoundedLayer
 from .indexed_layer import IndexedLayer
+from .infini_layer import InfiniLayer
 from .patching import patch_of
 
 __all__ = ["make_cache"]
@@ -24,8 +26,9 @@ def make_cache(model: nn.Module) -> Cache:
     Returns:
         A transformers `Cache` for `generate(past_key_values=...)` or `model(past_key_values=...)`.
         Patched full-attention layers whose mechanism has a bounded state get a `BoundedLayer`,
-        those that index their keys an `IndexedLayer`, which keeps the index; the others what
-        transformers would give them (`DynamicLayer`, sliding layers).
+        those under Infini-attention an `InfiniLayer`, which holds an `InfiniState`, those that
+        index their keys an `IndexedLayer`, which keeps the index; the others what transformers
+        would give them (`DynamicLayer`, sliding layers).
 
     Raises:
         PatchError: the model is not patched.
@@ -49,6 +52,9 @@ def make_cache(model: nn.Module) -> Cache:
     layers = list(DynamicCache(config=config).layers)
     for attention, route in routes.values():
         state: Any = route.mechanism.state_class
+        if route.rotation is not None:
+            layers[cast(int, attention.module.layer_idx)] = _infini_layer(attention.module, route)
+            continue
         if route.reason is not None or attention.is_sliding or not hasattr(state, "kept_keys"):
             continue
         position = cast(int, attention.module.layer_idx)
@@ -62,3 +68,10 @@ def make_cache(model: nn.Module) -> Cache:
             continue
         layers[position] = BoundedLayer(*kept)
     return Cache(layers=layers)
+
+
+def _infini_layer(module: nn.Module, route: Any) -> InfiniLayer:
+    def active() -> bool:  # a function, so that copies of a cache do not copy the model
+        return getattr(module, ROUTE, None) is route
+
+    return InfiniLayer(route.config, active)

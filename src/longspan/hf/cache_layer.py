@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedError
 
-__all__ = ["BoundedLayer", "holder_of", "not_traced"]
+__all__ = ["BoundedLayer", "hand_out", "holder_of", "not_traced"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _HOLDER = "_longspan_cache_layer"
@@ -21,9 +21,15 @@ not_traced: Callable[[_Function], _Function] = torch.compiler.disable(  # type: 
 )
 
 
-def holder_of(key: Tensor) -> BoundedLayer | None:
-    """The bounded layer that handed out `key`, if one did."""
+def holder_of(key: Tensor) -> Any:
+    """The cache layer of longspan that handed out `key`, if one did."""
     return getattr(key, _HOLDER, None)
+
+
+def hand_out(key: Tensor, layer: Any) -> Tensor:
+    """Mark keys that a cache layer gives to the dispatcher."""
+    setattr(key, _HOLDER, layer)
+    return key
 
 
 class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -66,8 +72,7 @@ class BoundedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys = torch.cat((self.keys, key_states), dim=2)
         self.values = torch.cat((self.values, value_states), dim=2)
         self.seen += count
-        setattr(self.keys, _HOLDER, self)
-        return self.keys, self.values
+        return hand_out(self.keys, self), self.values
 
     @not_traced
     def mask_of_keys(self, mask: Tensor) -> Tensor:

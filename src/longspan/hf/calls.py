@@ -14,7 +14,16 @@ from ..window.config import WindowConfig
 from .masks import Layout, layout_of_mask
 from .report import Route
 
-__all__ = ["Request", "run_dense", "run_masked", "run_packed"]
+__all__ = [
+    "Request",
+    "flat",
+    "put_back",
+    "real_first",
+    "run_dense",
+    "run_masked",
+    "run_packed",
+    "take",
+]
 
 
 class Request(NamedTuple):
@@ -81,11 +90,11 @@ def run_packed(request: Request, layout: Layout) -> Tensor:
     """The real tokens as one packed call, put back in place. (B, H, N_q, D_v)."""
     batch, heads, n_q, _ = request.query.shape
     request.route.count(layout.lengths)
-    query = _pick(_flat(request.query), layout.query_index)
+    query = _pick(flat(request.query), layout.query_index)
     if query.shape[0] == 0:
         return request.query.new_zeros(batch, heads, n_q, request.value.shape[3])
-    key = _pick(_flat(request.key), layout.key_index)
-    value = _pick(_flat(request.value), layout.key_index)
+    key = _pick(flat(request.key), layout.key_index)
+    value = _pick(flat(request.value), layout.key_index)
     output: Tensor = _varlen(
         request, query, key, value, layout.cu_seqlens_q, layout.cu_seqlens_k,
         layout.max_seqlen_q, layout.max_seqlen_k,
@@ -99,13 +108,13 @@ def run_packed(request: Request, layout: Layout) -> Tensor:
 def _run_aligned(request: Request, mask: Tensor) -> Tensor:
     """N_q = N_k: move the padding to the right end of each row and pass key_lengths."""
     request.route.count(_row_lengths(mask))
-    order = _real_first(mask)
-    query, key, value = (_take(t, order) for t in (request.query, request.key, request.value))
+    order = real_first(mask)
+    query, key, value = (take(t, order) for t in (request.query, request.key, request.value))
     lengths = mask.sum(1, dtype=torch.int32)
     output = _tensor(request.route.function(
         query, key, value, None, 0.0, query_offset=0, key_lengths=lengths, **request.arguments,
     ))  # fmt: skip
-    return _put_back(output, order, mask)
+    return put_back(output, order, mask)
 
 
 def _run_fixed_shapes(request: Request, query_mask: Tensor, key_mask: Tensor) -> Tensor:
@@ -116,13 +125,13 @@ def _run_fixed_shapes(request: Request, query_mask: Tensor, key_mask: Tensor) ->
     request.route.count(())
     batch, _, n_q, _ = request.query.shape
     n_k = request.key.shape[2]
-    query_order, key_order = _real_first(query_mask), _real_first(key_mask)
-    query = _flat(_take(request.query, query_order))
-    key, value = (_flat(_take(t, key_order)) for t in (request.key, request.value))
+    query_order, key_order = real_first(query_mask), real_first(key_mask)
+    query = flat(take(request.query, query_order))
+    key, value = (flat(take(t, key_order)) for t in (request.key, request.value))
     bounds = [_bounds(mask) for mask in (query_mask, key_mask)]
     output = _varlen(request, query, key, value, bounds[0], bounds[1], n_q, n_k)
     output = output.reshape(batch, n_q, *output.shape[1:]).transpose(1, 2)
-    return _put_back(output, query_order, query_mask)
+    return put_back(output, query_order, query_mask)
 
 
 def _varlen(
@@ -153,22 +162,24 @@ def _bounds(mask: Tensor) -> Tensor:
     return torch.cat((inner, torch.full_like(starts[:1], batch * n)))
 
 
-def _real_first(mask: Tensor) -> Tensor:
+def real_first(mask: Tensor) -> Tensor:
     """(B, N): the columns of each row, real tokens first, each kind in order."""
     return torch.argsort(mask.logical_not().to(torch.uint8), dim=1, stable=True)
 
 
-def _take(tensor: Tensor, order: Tensor) -> Tensor:
+def take(tensor: Tensor, order: Tensor) -> Tensor:
+    """The columns of (B, H, N, D) in this order, (B, N)."""
     index = order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return tensor.gather(2, index)
 
 
-def _put_back(output: Tensor, order: Tensor, mask: Tensor) -> Tensor:
-    output = _take(output, torch.argsort(order, dim=1))
+def put_back(output: Tensor, order: Tensor, mask: Tensor) -> Tensor:
+    """Undo `take`; columns that the mask (B, N) hides become zero."""
+    output = take(output, torch.argsort(order, dim=1))
     return torch.where(mask[:, None, :, None], output, 0.0)
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """(B, H, N, D) to (B * N, H, D)."""
     return tensor.transpose(1, 2).flatten(0, 1)
 

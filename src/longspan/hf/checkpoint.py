@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError, PatchError
-from .patching import Patch, patch, patch_of
+from .patching import Patch, make_patch, patch_of
 from .plan import LayerPlan, config_from_dict, config_to_dict
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -50,6 +50,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "format": _FORMAT,
         "model_type": _model_type(model),
         "num_attention_layers": len(routes),
+        "hidden_size": _hidden_size(model),
         "layers": {str(index): config_to_dict(route.config) for index, route in patched.items()},
         "settings": settings,
     }
@@ -74,13 +75,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     os.replace(aside, target / _JSON)
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, verify: bool = True) -> Patch:
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    segment_length: int | None = None,
+) -> Patch:
     """Patch a model as `save_adapter` found it, with the parameters that were learned.
 
     Args:
         model: a model of the kind that was saved, not patched.
         folder: what `save_adapter` wrote.
         verify: as in `patch`.
+        segment_length: of Infini-attention: refuse an adapter that was trained with another one.
 
     Returns:
         The Patch, to be used in a `with` statement or undone by `undo()`.
@@ -94,7 +102,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, verify: bo
     routes = header["layers"]
     plan = LayerPlan(configs={int(i): config_from_dict(config) for i, config in routes.items()})
     _same(folder, "model_type", header["model_type"], _model_type(model))
-    applied = patch(model, plan, verify=verify, **header["settings"])
+    if "hidden_size" in header:
+        _same(folder, "hidden_size", header["hidden_size"], _hidden_size(model))
+    if segment_length is not None:
+        for index, config in plan.configs.items():
+            found = getattr(config, "segment_length", None)
+            _same(folder, f"segment_length of layer {index}", found, segment_length, "the call")
+    applied = make_patch(model, plan, "all", verify=verify, settings=header["settings"])
     try:
         _same(folder, "num_attention_layers", header["num_attention_layers"], len(applied.layers))
         _load_parameters(model, Path(folder))
@@ -157,9 +171,17 @@ def _model_type(model: Any) -> str:
     return str(getattr(model.config, "model_type", type(model).__name__))
 
 
-def _same(folder: str | os.PathLike[str], what: str, saved: Any, found: Any) -> None:
+def _hidden_size(model: Any) -> int | None:
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "hidden_size", None)
+
+
+def _same(
+    folder: str | os.PathLike[str], what: str, saved: Any, found: Any, where: str = "this model"
+) -> None:
     if saved != found:
         raise ConfigError(
-            f"{what}: the adapter in {os.fspath(folder)} has {saved!r}, this model has {found!r}. "
-            "Load it into the model it was made for."
+            f"{what}: the adapter in {os.fspath(folder)} has {saved!r}, {where} has {found!r}. "
+            "Load it into the model, and with the settings, that it was made for."
         )

@@ -15,9 +15,12 @@ from torch import nn
 from ..distributed.compat import context_parallel_reason
 
 __all__ = [
+    "ROTATE",
+    "attention_functions",
     "can_dispatch",
     "context_parallel_reason",
     "get_implementation",
+    "mask_functions",
     "mask_parts",
     "set_implementation",
 ]
@@ -25,6 +28,9 @@ __all__ = [
 # `PretrainedConfig._attn_implementation` is what models read at each call; writing the internal
 # attribute sets one config without touching its sub-configs. 5.17 to 5.23.
 _INTERNAL = "_attn_implementation_internal"
+
+# Every modeling file with rotary embeddings calls its function by this global name. 5.17 to 5.23.
+ROTATE = "apply_rotary_pos_emb"
 
 
 def get_implementation(config: Any) -> str | None:
@@ -54,3 +60,17 @@ def mask_parts(function: Callable[..., Any]) -> Iterator[str]:
         for part in held if isinstance(held, (tuple, list)) else (held,):
             if callable(part) and not isinstance(part, (type, torch.Tensor)):
                 yield from mask_parts(part)
+
+
+def attention_functions() -> Any:
+    """The mapping that models look attention functions up in; items set on it can be deleted."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # 5.17 to 5.23
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def mask_functions() -> Any:
+    """The same for mask functions."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # 5.17 to 5.23
+
+    return ALL_MASK_ATTENTION_FUNCTIONS

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import LongspanWarning, PatchError, UnsupportedError
+from ..errors import LongspanWarning, PatchError
 from ..exact.config import ExactConfig
 from ..infini.config import InfiniConfig
 from ..mechanisms import get_mechanism, mechanism_of_config
@@ -20,9 +20,18 @@ from .layers import AttentionLayer, attention_layers
 from .parameters import add_parameters, remove_parameters
 from .plan import LayerPlan, parse_config
 from .report import Counts, LayerReport, Route
+from .rotation import find_rotations, hand_over
 from .verify import verify_dispatch
 
-__all__ = ["Patch", "patch", "patch_of"]
+__all__ = ["Patch", "make_patch", "patch", "patch_of"]
+
+_ADVICE = {
+    "stick_breaking": (
+        " Positions that the model adds itself (rotary) stay: take them out with "
+        "longspan.hf.without_positions(model), in training and in use."
+    ),
+    "infini": " Inputs of one segment stay as they are; longspan.hf.convert_infini says more.",
+}
 
 
 def patch(
@@ -73,6 +82,15 @@ def patch(
         >>> report.visited_fraction < 1
         True
     """
+    applied = make_patch(model, config, layers, verify=verify, settings=settings)
+    _warn_untrained(LayerPlan(configs=applied.plan.configs))
+    return applied
+
+
+def make_patch(
+    model: nn.Module, config: Any, layers: Any, *, verify: bool, settings: dict[str, Any]
+) -> Patch:
+    """`patch` without its warning."""
     found = attention_layers(model)
     if any(hasattr(layer.module, ROUTE) for layer in found):
         raise PatchError(
@@ -91,8 +109,6 @@ def patch(
             f"layers: {layers!r} selects none of the {len(found)} attention layers, of which "
             f"{len(sliding)} have a sliding window. Use layers='every' or name indices."
         )
-    _refuse_rotated_memory(plan)
-    _warn_untrained(plan)
     return Patch(model, found, plan, settings, verify)
 
 
@@ -120,12 +136,15 @@ class Patch:
         self._found = found
         self._routes = [_route(layer, plan, settings) for layer in found]
         self._before = [(c, get_implementation(c)) for c in _configs(found)]
+        self._hooks: list[Any] = []
+        self._frozen: list[nn.Parameter] = []
         register()
         try:
             for layer, route in zip(found, self._routes, strict=True):
                 object.__setattr__(layer.module, ROUTE, route)
                 if route.reason is None:
                     add_parameters(layer, route)
+            self._find_rotations()
             for config, _ in self._before:
                 set_implementation(config, IMPLEMENTATION)
             if verify:
@@ -186,17 +205,48 @@ class Patch:
             device = torch.device("cpu") if parameter is None else parameter.device
             route.counts = Counts(compiled=torch.zeros((), dtype=torch.int64, device=device))
 
+    def freeze(self) -> None:
+        """Train what the patch added (gates) and nothing else; `undo` thaws the rest."""
+        added = {
+            id(getattr(layer.module, name))
+            for route, layer in self._pairs()
+            for name in route.parameters.values()
+        }
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and id(parameter) not in added:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+
     def undo(self) -> None:
         """Put everything back. Calling it again does nothing."""
         if not self.active:
             return
         self.active = False
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         for config, name in self._before:
             if get_implementation(config) == IMPLEMENTATION:
                 set_implementation(config, name)
         for layer, route in zip(self._found, self._routes, strict=True):
             remove_parameters(layer, route)
             layer.module.__dict__.pop(ROUTE, None)
+
+    def _pairs(self) -> list[tuple[Route, AttentionLayer]]:
+        return list(zip(self._routes, self._found, strict=True))
+
+    def _find_rotations(self) -> None:
+        """Layers whose mechanism needs plain queries and keys: learn how the model turns them."""
+        plain = [(route, layer) for route, layer in self._pairs() if _needs_plain(route)]
+        if not plain:
+            return
+        rotations = find_rotations(self.model, [layer for _, layer in plain])
+        for route, layer in plain:
+            route.rotation = rotations[layer.order]
+            if route.rotation.function is not None:
+                hook = layer.module.register_forward_pre_hook(hand_over, with_kwargs=True)
+                self._hooks.append(hook)
 
     def __enter__(self) -> Patch:
         if not self.active:
@@ -238,28 +288,21 @@ def patch_of(model: nn.Module) -> dict[int, tuple[AttentionLayer, Route]] | None
     return routes or None
 
 
-def _refuse_rotated_memory(plan: LayerPlan) -> None:
-    """Infini-attention must not store keys that the model has rotated."""
-    if any(isinstance(config, InfiniConfig) for config in plan.configs.values()):
-        raise UnsupportedError(
-            "patch: config is an InfiniConfig, but a patched model hands over queries and keys "
-            "that are rotated already, and positions must not enter the memory. Use "
-            "longspan.nn.InfiniAttention, or longspan.infini_attention with memory_query and "
-            "memory_key, in a model of yours."
-        )
-
-
 def _warn_untrained(plan: LayerPlan) -> None:
     for mechanism in {mechanism_of_config(c).name: c for c in plan.configs.values()}:
         if not get_mechanism(mechanism).on_pretrained:
             warnings.warn(
                 f"patch: {mechanism} is not an approximation of softmax attention; a model that "
                 "was trained with softmax gives meaningless text under it until it is trained "
-                "again. Positions that the model adds itself (rotary) stay: take them out with "
-                "longspan.hf.without_positions(model), in training and in use.",
+                f"again.{_ADVICE.get(mechanism, '')}",
                 LongspanWarning,
                 stacklevel=3,
             )
+
+
+def _needs_plain(route: Route) -> bool:
+    """Whether the mechanism wants queries and keys without positions beside the rotated ones."""
+    return route.reason is None and isinstance(route.config, InfiniConfig)
 
 
 def _route(layer: AttentionLayer, plan: LayerPlan, settings: dict[str, Any]) -> Route:

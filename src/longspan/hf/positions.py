@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import LongspanWarning
 
-__all__ = ["PositionReport", "without_positions"]
+__all__ = ["LEARNED", "PositionReport", "without_positions"]
 
-_LEARNED = ("wpe", "embed_positions", "position_embeddings")
+LEARNED = ("wpe", "embed_positions", "position_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ def without_positions(model: nn.Module) -> Iterator[PositionReport]:
     learned = {
         n: m
         for n, m in modules.items()
-        if isinstance(m, nn.Embedding) and n.rpartition(".")[2] in _LEARNED
+        if isinstance(m, nn.Embedding) and n.rpartition(".")[2] in LEARNED
     }
     if not rotary and not learned:
         warnings.warn(

@@ -56,6 +56,8 @@ class Route:
         functions. function_varlen is None where the mechanism has none.
     settings: keyword arguments of every call. parameters: keyword -> attribute of the module.
     reason: why the layer was left alone, or None if it is patched.
+    rotation: how the layer turns queries and keys, for a mechanism that needs them without
+        positions (`rotation.Rotation`); None for all others.
     """
 
     layer: int
@@ -68,6 +70,7 @@ class Route:
     settings: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
     reason: str | None = None
+    rotation: Any = None
     counts: Counts = field(default_factory=Counts)
 
     @classmethod

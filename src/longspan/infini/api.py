@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._select import choose_impl
 from .._triton.launch import triton_refusal
-from .._validation import Call, validate, validate_varlen
+from .._validation import Call, check_config, validate, validate_varlen
 from .._varlen import sequence_bounds
 from ..errors import ConfigError, ShapeError, nearest_name
 from ..types import Impl, ImplReport
@@ -131,6 +131,7 @@ def infini_attention(
     References:
         [1] Munkhdalai et al., Leave No Context Behind, 2024, arXiv:2404.07143.
     """
+    check_config(_NAME, config, InfiniConfig)
     call = validate(
         _NAME,
         query,
@@ -243,6 +244,8 @@ def infini_attention_varlen(
     gate: Tensor | None = None,
     memory_query: Tensor | None = None,
     memory_key: Tensor | None = None,
+    write_gate: Tensor | None = None,
+    log_decay: Tensor | None = None,
     config: InfiniConfig = InfiniConfig(),
     impl: Impl | str = "auto",
 ) -> Tensor:
@@ -256,6 +259,7 @@ def infini_attention_varlen(
         max_seqlen_q, max_seqlen_k: longest sequence, or any upper bound; Python ints.
         is_causal: True.
         memory_query, memory_key: (total, H, D) without position encoding; default: query and key.
+        write_gate, log_decay: (total_k, H_kv), of `update="gated_delta"`.
         scale, enable_gqa, gate, config, impl: as in `infini_attention`.
 
     Returns:
@@ -279,6 +283,7 @@ def infini_attention_varlen(
         torch.Size([10, 2, 16])
     """
     name = "infini_attention_varlen"
+    check_config(name, config, InfiniConfig)
     call = validate_varlen(name, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                            max_seqlen_k, is_causal=is_causal, scale=scale,
                            enable_gqa=enable_gqa)  # fmt: skip
@@ -288,6 +293,13 @@ def infini_attention_varlen(
             raise ShapeError(
                 f"{name}: {label} is {tuple(extra.shape)}; it must be {tuple(like.shape)}, packed "
                 f"as {label.removeprefix('memory_')} is. Leave it out if there are no positions."
+            )
+
+    for label, rate in (("write_gate", write_gate), ("log_decay", log_decay)):
+        if rate is not None and rate.shape != key.shape[:2]:
+            raise ShapeError(
+                f"{name}: {label} is {tuple(rate.shape)}; it must be (total_k, H_kv) = "
+                f"{tuple(key.shape[:2])}, one number per key. Leave it out for none."
             )
 
     def part(tensor: Tensor | None, start: int, end: int) -> Tensor | None:
@@ -306,6 +318,8 @@ def infini_attention_varlen(
             gate=gate,
             memory_query=part(memory_query, q_start, q_end),
             memory_key=part(memory_key, k_start, k_end),
+            write_gate=part(write_gate, k_start, k_end),
+            log_decay=part(log_decay, k_start, k_end),
             config=config,
             impl=impl,
         )
@@ -372,7 +386,8 @@ def visited_fraction(
 
 
 def _run(call: InfiniCall, chosen: Impl) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(call.query.device.type, enabled=False):
+    kind = "cpu" if call.query.is_meta else call.query.device.type  # meta has no autocast
+    with torch.autocast(kind, enabled=False):
         if chosen is Impl.REFERENCE:
             return infini_reference(call)
         if chosen is Impl.TRITON:

@@ -94,14 +94,14 @@ def make_call(
     held = state.key.shape[2]
     if own_memory_key and state.memory_key is not None:
         memory_key = torch.cat((state.memory_key, memory_key), 2)
-    elif held:
-        memory_key = torch.cat((state.key, memory_key), 2)
     if held:
         key, value = torch.cat((state.key, key), 2), torch.cat((state.value, value), 2)
         if write_gate is not None and state.write_gate is not None:
             write_gate = torch.cat((state.write_gate, write_gate), 2)
         if log_decay is not None and state.log_decay is not None:
             log_decay = torch.cat((state.log_decay, log_decay), 2)
+    if not own_memory_key:
+        memory_key = key
     lengths = None if call.key_lengths is None else call.key_lengths + held
     return InfiniCall(
         query, key, value, memory_query, memory_key, write_gate, log_decay, checked_gate,

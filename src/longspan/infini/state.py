@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +122,61 @@ class InfiniState(NamedTuple):
         index = index.to(self.memory.device)
         return self._map(lambda tensor: tensor.index_select(0, index))
 
+    def reset(self, index: Tensor) -> InfiniState:
+        """Empty the batch entries `index` (N,), int64: other requests begin there.
+
+        The entries that stay go on; those emptied begin, where a segment begins. `seen` counts the
+        tokens of the batch as before, `written` those in the memory of each entry.
+
+        Raises:
+            UnsupportedError: a segment is not finished, or is still seen exactly: its tokens
+                belong to all entries. Reset at a boundary; with `local="sliding"`, keep one state
+                per request instead.
+        """
+        if self.key.shape[2]:
+            raise UnsupportedError(
+                f"InfiniState.reset: {self.key.shape[2]} tokens are not in the memory yet and "
+                "belong to all entries. Allowed: at the end of a segment (at_boundary), with "
+                "local='segment'. Keep one state per request (reorder, cat), or wait."
+            )
+        index = index.to(self.memory.device)
+        return self._replace(
+            memory=self.memory.index_fill(0, index, 0.0),
+            normaliser=self.normaliser.index_fill(0, index, 0.0),
+            written=self.written.index_fill(0, index, 0),
+        )
+
+    @classmethod
+    def cat(cls, states: Sequence[InfiniState]) -> InfiniState:
+        """One batch of several states whose unfinished segments are as long.
+
+        Entries of different ages go together at a boundary, or wherever as many tokens are not
+        folded yet; `seen` is that of the first. `reorder` takes entries out again.
+
+        Raises:
+            ConfigError: no states, other settings, or unfinished segments of other lengths.
+        """
+        if not states:
+            raise ConfigError("InfiniState.cat: states is empty; pass at least one.")
+        first = states[0]
+        for number, other in enumerate(states[1:], 1):
+            for name, mine, its in (
+                ("config", first.config, other.config),
+                ("unfinished segment", first.key.shape[2], other.key.shape[2]),
+                ("memory_key", first.memory_key is None, other.memory_key is None),
+                ("can_continue", first.can_continue, other.can_continue),
+            ):
+                if mine != its:
+                    raise ConfigError(
+                        f"InfiniState.cat: the {name} of state {number} is {its}, of state 0 "
+                        f"{mine}; they must be equal. Cut chunks so that both end at the same "
+                        "place of a segment, or keep the states apart."
+                    )
+        made: dict[str, Any] = {
+            name: torch.cat([getattr(state, name) for state in states]) for name in first._tensors()
+        }
+        return first._replace(**made)
+
     def crop(self, seen: int) -> InfiniState:
         """The state as it was after the first `seen` tokens (rejected speculation).
 
@@ -148,10 +204,26 @@ class InfiniState(NamedTuple):
         }
         return self._replace(seen=seen, **made)
 
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Its tensors and numbers by name, for files that hold several states."""
+        return self._tensors(), {"seen": self.seen, "can_continue": int(self.can_continue)}
+
+    @classmethod
+    def from_parts(
+        cls, config: InfiniConfig, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]
+    ) -> InfiniState:
+        """Put together again what `parts` gave."""
+        made: dict[str, Any] = {**dict.fromkeys(_OPTIONAL), **tensors}
+        return cls(
+            **made,
+            seen=numbers["seen"],
+            config=config,
+            can_continue=bool(numbers["can_continue"]),
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, which appears whole or not at all."""
-        numbers = {"seen": self.seen, "can_continue": int(self.can_continue)}
-        save_state(path, "InfiniState", self.config, self._tensors(), numbers)
+        save_state(path, "InfiniState", self.config, *self.parts())
 
     @classmethod
     def load(
@@ -167,15 +239,7 @@ class InfiniState(NamedTuple):
             FileNotFoundError: no such file.
             ConfigError: no InfiniState, or made with other settings than `config`.
         """
-        tensors, numbers = load_state(path, "InfiniState", config, device=device)
-        for name in _OPTIONAL:
-            tensors.setdefault(name, None)  # type: ignore[arg-type]
-        return cls(
-            **tensors,
-            seen=numbers["seen"],
-            config=config,
-            can_continue=bool(numbers["can_continue"]),
-        )
+        return cls.from_parts(config, *load_state(path, "InfiniState", config, device=device))
 
     def _tensors(self) -> dict[str, Tensor]:
         named = self._asdict()

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .generation import generate
     from .loader import LoadedModel, load
     from .registry import MODELS, ModelInfo, ModelRow, cache_folder, list_models
+    from .shipped import shipped_models
+    from .stream import StreamReport, TextStream, TransformerStream
+    from .text_source import TextSource
     from .transformer import Transformer, TransformerOutput, TransformerState, next_token_loss
     from .transformer_config import TransformerConfig
 
@@ -22,16 +25,21 @@ _LAZY = {
     "MODELS": "registry",
     "ModelInfo": "registry",
     "ModelRow": "registry",
+    "StreamReport": "stream",
+    "TextSource": "text_source",
+    "TextStream": "stream",
     "Transformer": "transformer",
     "TransformerConfig": "transformer_config",
     "TransformerOutput": "transformer",
     "TransformerState": "transformer",
+    "TransformerStream": "stream",
     "cache_folder": "registry",
     "fetch": "download",
     "generate": "generation",
     "list_models": "registry",
     "load": "loader",
     "next_token_loss": "transformer",
+    "shipped_models": "shipped",
 }
 
 __all__ = [
@@ -40,16 +48,21 @@ __all__ = [
     "LoadedModel",
     "ModelInfo",
     "ModelRow",
+    "StreamReport",
+    "TextSource",
+    "TextStream",
     "Transformer",
     "TransformerConfig",
     "TransformerOutput",
     "TransformerState",
+    "TransformerStream",
     "cache_folder",
     "fetch",
     "generate",
     "list_models",
     "load",
     "next_token_loss",
+    "shipped_models",
 ]
 
 

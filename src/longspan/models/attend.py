@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from .forget import decay_totals, forget_attention, forget_attention_packed
 from .positions import alibi_attention
 
 __all__ = ["CausalAttention", "KeyValueCache"]
+
+_NOTHING: Mapping[str, Tensor] = {}
 
 _KNOWN = {
     *("query", "key", "value", "is_causal", "query_offset"),
@@ -69,6 +72,9 @@ class CausalAttention:
         seed: for mechanisms with random inputs.
         impl: as in the mechanism's function; a named one runs or raises.
 
+    What a layer owns (gates) and what only some mechanisms take (queries and keys without
+    positions, where `takes_plain`) comes with each call as `owned`.
+
     Raises:
         UnsupportedError: the mechanism needs inputs that this layer does not have.
     """
@@ -79,7 +85,7 @@ class CausalAttention:
         self.alibi = positions == "alibi"
         self.function = mechanism.function
         self.function_varlen = mechanism.function_varlen if mechanism.has_varlen else None
-        parameters = inspect.signature(self.function).parameters.values()
+        parameters = list(inspect.signature(self.function).parameters.values())
         needs = [p.name for p in parameters if p.default is p.empty and p.name not in _KNOWN]
         if needs:
             raise UnsupportedError(
@@ -88,6 +94,7 @@ class CausalAttention:
                 "own. Use the modules of longspan.nn in a model of yours."
             )
         self.name = mechanism.name
+        self.takes_plain = any(p.name == "memory_key" for p in parameters)
         self.settings: dict[str, Any] = {"enable_gqa": True, "config": config, "impl": impl}
         self.random = {"seed": seed} if any(p.name == "seed" for p in parameters) else {}
         package = importlib.import_module(f"..{mechanism.package}", __package__)
@@ -95,11 +102,16 @@ class CausalAttention:
         self.state_class: Any = mechanism.state_class if self.chunk else KeyValueCache
 
     def whole(
-        self, query: Tensor, key: Tensor, value: Tensor, log_forget: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_forget: Tensor | None = None,
+        owned: Mapping[str, Tensor] = _NOTHING,
     ) -> Tensor:
         """(B, H, N, D), all tokens of a sequence; log_forget (B, H_kv, N) with "forget"."""
         totals = None if log_forget is None else decay_totals(log_forget)
-        return self._dense(query, key, value, 0, totals)
+        return self._dense(query, key, value, 0, totals, owned)
 
     def packed(
         self,
@@ -109,6 +121,7 @@ class CausalAttention:
         cu_seqlens: Tensor,
         max_seqlen: int,
         log_forget: Tensor | None = None,
+        owned: Mapping[str, Tensor] = _NOTHING,
     ) -> Tensor:
         """(total, H, D), several sequences one after the other; log_forget (total, H_kv)."""
         if log_forget is not None:
@@ -129,7 +142,7 @@ class CausalAttention:
         bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return _output(
             self.function_varlen(
-                query, key, value, *bounds, is_causal=True, **self.settings, **self.random
+                query, key, value, *bounds, is_causal=True, **self.settings, **self.random, **owned
             )
         )
 
@@ -140,11 +153,12 @@ class CausalAttention:
         value: Tensor,
         state: Any,
         log_forget: Tensor | None = None,
+        owned: Mapping[str, Tensor] = _NOTHING,
     ) -> tuple[Tensor, Any]:
         """The next tokens (B, H, n, D) after `state` (None at the start); the state after them."""
         if self.chunk is not None:
             random = self.random if "seed" in inspect.signature(self.chunk).parameters else {}
-            output, state = self.chunk(query, key, value, state, **self.settings, **random)
+            output, state = self.chunk(query, key, value, state, **self.settings, **random, **owned)
             return output, state
         totals = None
         if log_forget is not None:
@@ -154,12 +168,13 @@ class CausalAttention:
         if state is not None:
             key = torch.cat((state.key, key), dim=2)
             value = torch.cat((state.value, value), dim=2)
-        output = self._dense(query, key, value, key.shape[2] - query.shape[2], totals)
+        output = self._dense(query, key, value, key.shape[2] - query.shape[2], totals, owned)
         return output, KeyValueCache(key=key, value=value, config=self.config, totals=totals)
 
     def _dense(
-        self, query: Tensor, key: Tensor, value: Tensor, offset: int, totals: Tensor | None
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, offset: int, totals: Tensor | None,
+        owned: Mapping[str, Tensor],
+    ) -> Tensor:  # fmt: skip
         if totals is not None:
             return forget_attention(
                 query, key, value, totals, query_offset=offset,
@@ -171,8 +186,9 @@ class CausalAttention:
                 config=self.config, impl=self.settings["impl"],
             )  # fmt: skip
         result = self.function(
-            query, key, value, is_causal=True, query_offset=offset, **self.settings, **self.random
-        )
+            query, key, value, is_causal=True, query_offset=offset, **self.settings, **self.random,
+            **owned,
+        )  # fmt: skip
         return _output(result)
 
 

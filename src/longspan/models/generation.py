@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .transformer import Transformer
 
-__all__ = ["generate"]
+__all__ = ["choose", "generate"]
 
 
 @torch.no_grad()
@@ -40,7 +40,12 @@ def generate(
         ConfigError: an empty prompt, a temperature below 0, drawing without a seed, or
             `top_k` below 1.
     """
-    _check(token_ids, temperature, top_k, seed)
+    if token_ids.ndim != 2 or token_ids.shape[1] == 0:
+        raise ConfigError(
+            f"generate: token_ids has shape {tuple(token_ids.shape)}; it must be (B, N) with at "
+            "least one token. Start with a token that begins a text, e.g. <bos>."
+        )
+    check_drawing(temperature, top_k, seed)
     generators = [torch.Generator().manual_seed((seed or 0) + b) for b in range(len(token_ids))]
     state, logits = None, None
     for chunk in torch.split(token_ids, chunk_size or token_ids.shape[1], dim=1):
@@ -48,16 +53,19 @@ def generate(
     tokens = [token_ids]
     for step in range(num_tokens):
         assert logits is not None, "the prompt has a token"
-        tokens.append(_choose(logits[:, -1], temperature, top_k, generators))
+        tokens.append(choose(logits[:, -1], temperature, top_k, generators))
         if step + 1 < num_tokens:
             logits, state = model.forward_chunk(tokens[-1], state)
     return torch.cat(tokens, dim=1)
 
 
-def _choose(
+def choose(
     logits: Tensor, temperature: float, top_k: int | None, generators: list[torch.Generator]
 ) -> Tensor:
-    """(B, 1) token ids. Drawn in float64 on the CPU, so that a seed means the same everywhere."""
+    """(B, 1) token ids from logits (B, vocab_size).
+
+    Drawn in float64 on the CPU, so that a seed means the same everywhere.
+    """
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)
     scores = logits.double().cpu() / temperature
@@ -69,12 +77,8 @@ def _choose(
     return drawn.to(logits.device)
 
 
-def _check(token_ids: Tensor, temperature: float, top_k: int | None, seed: int | None) -> None:
-    if token_ids.ndim != 2 or token_ids.shape[1] == 0:
-        raise ConfigError(
-            f"generate: token_ids has shape {tuple(token_ids.shape)}; it must be (B, N) with at "
-            "least one token. Start with a token that begins a text, e.g. <bos>."
-        )
+def check_drawing(temperature: float, top_k: int | None, seed: int | None) -> None:
+    """Refuse settings that no token can be chosen by."""
     if temperature < 0:
         raise ConfigError(f"generate: temperature is {temperature}; it must be at least 0.0.")
     if temperature > 0 and seed is None:

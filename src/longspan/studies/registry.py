@@ -24,6 +24,21 @@ _TABLE = (
         package="stick_breaking_length",
         question="Does perplexity keep improving beyond the training length?",
     ),
+    StudyInfo(
+        name="hyper-pretrained",
+        package="hyper_pretrained",
+        question="What does HyperAttention cost in a pretrained model?",
+    ),
+    StudyInfo(
+        name="hyper-finetune",
+        package="hyper_finetune",
+        question="Does training under HyperAttention close its gap to exact attention?",
+    ),
+    StudyInfo(
+        name="infini-passkey",
+        package="infini_passkey",
+        question="Does Infini-attention, trained at 5,000 tokens, find a passkey in a million?",
+    ),
 )
 
 STUDIES: dict[str, StudyInfo] = {info.name: info for info in _TABLE}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .loop import TrainResult, train
     from .tokenizer import load_tokenizer, train_tokenizer
     from .tokens import TokenFile, write_tokens
-    from .trained import TrainedModel, load_trained, shipped_models, with_settings
+    from .trained import TrainedModel, load_trained, with_settings
 
 _LAZY = {
     "IGNORED": "batches",
@@ -25,7 +25,6 @@ _LAZY = {
     "TrainedModel": "trained",
     "load_tokenizer": "tokenizer",
     "load_trained": "trained",
-    "shipped_models": "trained",
     "train": "loop",
     "train_tokenizer": "tokenizer",
     "with_settings": "trained",
@@ -41,7 +40,6 @@ __all__ = [
     "TrainedModel",
     "load_tokenizer",
     "load_trained",
-    "shipped_models",
     "train",
     "train_tokenizer",
     "with_settings",

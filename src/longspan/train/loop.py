@@ -57,6 +57,7 @@ def train(
     device: torch.device | str | None = None,
     listener: Listener | None = None,
     time_limit: float | None = None,
+    start: str | os.PathLike[str] | None = None,
 ) -> TrainResult:
     """Train a model, or go on where the same run in this folder stopped.
 
@@ -67,6 +68,8 @@ def train(
         device: "cpu" or None for what accelerate picks (a GPU where there is one).
         listener: called with each row of the log.
         time_limit: seconds after which to write a checkpoint and return.
+        start: folder of a saved model whose weights the run begins with, whatever its attention.
+            Default: drawn from the seed.
 
     Returns:
         TrainResult. The log has, every `log_every` steps: step, loss (mean since the row before,
@@ -89,7 +92,11 @@ def train(
     if main:
         _claim(home, config)
     run.accelerator.wait_for_everyone()
-    progress = load_checkpoint(home, run.model, _inner(run.optimizer)) or Progress(0, 0.0)
+    progress = load_checkpoint(home, run.model, _inner(run.optimizer))
+    if progress is None:
+        progress = Progress(0, 0.0)
+        if start is not None:
+            run.model.load_state_dict(Transformer.load(start).state_dict())
     log = TrainLog(home / "log.jsonl", step=progress.step) if main else None
     try:
         step = progress.step

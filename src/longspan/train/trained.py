@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import ConfigError, nearest_name
+from ..models.shipped import shipped_models, tokenizer_of
 from ..models.transformer import Transformer
 from .tokenizer import load_tokenizer
 
-__all__ = ["TrainedModel", "load_trained", "shipped_models", "with_settings"]
-
-_TOKENIZER = "tokenizer.json"
+__all__ = ["TrainedModel", "load_trained", "with_settings"]
 
 
 class TrainedModel(NamedTuple):
@@ -25,15 +23,6 @@ class TrainedModel(NamedTuple):
     model: Transformer
     tokenizer: Any
     name: str
-
-
-def shipped_models() -> dict[str, Path]:
-    """Folders of the models inside the package, by name; they share one tokenizer."""
-    home = _home()
-    if not home.is_dir():
-        return {}
-    folders = sorted(path for path in home.iterdir() if (path / "model.safetensors").is_file())
-    return {f"longspan-{path.name}": path for path in folders}
 
 
 def load_trained(
@@ -62,12 +51,11 @@ def load_trained(
             f"with longspan. {nearest_name(name, names)} Or give the model folder of a run of "
             "longspan train."
         )
-    beside = [folder / _TOKENIZER, folder.parent / _TOKENIZER]
-    path = next((path for path in beside if path.is_file()), None)
+    path = tokenizer_of(folder)
     if path is None:
         raise ConfigError(
-            f"model: {folder} has no {_TOKENIZER}. Allowed: a folder of longspan train, which has "
-            "one. Copy it from the run."
+            f"model: {folder} has no tokenizer.json. Allowed: a folder of longspan train, "
+            "which has one. Copy it from the run."
         )
     tokenizer = load_tokenizer(path)
     model = Transformer.load(folder, device=device).to(dtype)
@@ -91,7 +79,3 @@ def with_settings(model: Transformer, **changes: Any) -> Transformer:
     if model.config.tie_embeddings:
         other.head.weight = other.embedding.weight
     return other.eval()
-
-
-def _home() -> Path:
-    return Path(str(files("longspan.models").joinpath("shipped")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,10 +51,20 @@ class WindowState:
             self, key=self.key.index_select(0, index), value=self.value.index_select(0, index)
         )
 
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Its tensors and numbers by name, for files that hold several states."""
+        return {"key": self.key, "value": self.value}, {"seen": self.seen}
+
+    @classmethod
+    def from_parts(
+        cls, config: WindowConfig, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]
+    ) -> WindowState:
+        """Put together again what `parts` gave."""
+        return cls(key=tensors["key"], value=tensors["value"], seen=numbers["seen"], config=config)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, which appears whole or not at all."""
-        tensors = {"key": self.key, "value": self.value}
-        save_state(path, "WindowState", self.config, tensors, {"seen": self.seen})
+        save_state(path, "WindowState", self.config, *self.parts())
 
     @classmethod
     def load(
@@ -69,5 +80,4 @@ class WindowState:
             FileNotFoundError: no such file.
             ConfigError: no WindowState, or made with other settings than `config`.
         """
-        tensors, numbers = load_state(path, "WindowState", config, device=device)
-        return cls(key=tensors["key"], value=tensors["value"], seen=numbers["seen"], config=config)
+        return cls.from_parts(config, *load_state(path, "WindowState", config, device=device))

@@ -12,11 +12,11 @@ from . import vendor as vendors
 from .chunked import chunked_backward, chunked_forward
 from .plan import Part, plan, split_square
 
-_VENDORS = {"cpu": vendors.CPU, "flash": vendors.FLASH}
+_VENDORS = {"cpu": vendors.CPU, "flash": vendors.FLASH, "cudnn": vendors.CUDNN}
 
 
 def eager_forward(call: Call, attn_mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """Output (B, H, N_q, D_v), lse (B, H, N_q); `backend` is "cpu", "flash" or "chunked"."""
+    """Output (B, H, N_q, D_v), lse (B, H, N_q); `backend`: "cpu", "flash", "cudnn", "chunked"."""
     if backend == "chunked":
         return chunked_forward(call, attn_mask)
     vendor = _VENDORS[backend]
@@ -51,6 +51,8 @@ def eager_backward(
     if backend == "chunked":
         return chunked_backward(call, attn_mask, grad_output, grad_lse, output, lse)
     vendor = _VENDORS[backend]
+    if vendor is vendors.CUDNN and grad_lse is not None:  # its largest head dim is in the way
+        vendor = vendors.FLASH
     wide = torch.float64 if call.query.dtype is torch.float64 else torch.float32
     inputs = (call.query, call.key, call.value)
     sums = [torch.zeros_like(tensor, dtype=wide) for tensor in inputs]

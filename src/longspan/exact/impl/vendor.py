@@ -8,6 +8,7 @@ into a high and a low part (two columns), so that it keeps its accuracy.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,10 +28,22 @@ class Vendor(NamedTuple):
     multiple: int  # head dims are padded with zeros to a multiple of this
 
 
+def positive_scale(scale: float) -> tuple[int, float]:
+    """1, -1 or 0 for the query, and the scale that is left: torch's kernels need one above 0.
+
+    Their causal mask is -inf before the scale multiplies it: 0 makes NaN of it, and less inf.
+    """
+    if scale > 0:
+        return 1, scale
+    return (-1, -scale) if scale < 0 else (0, 1.0)
+
+
 def run_forward(
     vendor: Vendor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N_q, D_v) and natural-log lse (B, H, N_q)."""
+    sign, scale = positive_scale(scale)
+    q = q if sign == 1 else sign * q
     dim = _common_dim(vendor, max(q.shape[-1], v.shape[-1]))
     output, lse = vendor.forward(_pad(q, dim), _pad(k, dim), _pad(v, dim), is_causal, scale)
     return output[..., : v.shape[-1]], lse
@@ -49,6 +62,8 @@ def run_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. `output` and `lse` may be those of a larger set of keys than k and v."""
+    sign, scale = positive_scale(scale)
+    q = q if sign == 1 else sign * q
     if grad_lse is not None:
         columns = _split(grad_lse, q.dtype)
         grad_output = torch.cat([grad_output, columns], -1)
@@ -68,6 +83,7 @@ def run_backward(
         is_causal,
         scale,
     )
+    dq = dq if sign == 1 else sign * dq
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 
@@ -155,5 +171,57 @@ def _flash_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
+def _cudnn_forward(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    output, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, is_causal, False, scale=scale
+    )
+    return output, lse.reshape(q.shape[:3])
+
+
+def _cudnn_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.zeros((), dtype=torch.int64, device=q.device)  # dropout state, unused
+    if _cudnn_lse_dims(q.device) == 4:
+        lse = lse.unsqueeze(-1)
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+        grad.contiguous(),  # a slice of a longer gradient gives wrong results (torch 2.11)
+        q,
+        k,
+        v,
+        output.contiguous(),
+        lse.contiguous(),
+        state,
+        state,
+        None,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        is_causal,
+        scale=scale,
+    )
+    return dq, dk, dv
+
+
+@functools.cache
+def _cudnn_lse_dims(device: torch.device) -> int:
+    """Dimensions of cuDNN's lse: torch adds a last axis of one in some versions."""
+    probe = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    lse: Tensor = aten._scaled_dot_product_cudnn_attention(probe, probe, probe, None, True)[1]
+    return lse.ndim
+
+
 CPU = Vendor(_cpu_forward, _cpu_backward, aligns_at_end=False, multiple=1)
+CUDNN = Vendor(_cudnn_forward, _cudnn_backward, aligns_at_end=False, multiple=8)
 FLASH = Vendor(_flash_forward, _flash_backward, aligns_at_end=True, multiple=8)

@@ -86,7 +86,10 @@ def eager_backward(
         columns = make_columns(part, config, part_index)
         side = _side(part, config, part_index, columns)
         pieces = make_pieces(part.key, part.value, part_index, config.cluster_size, wide)
-        d_keys, d_values = torch.zeros_like(side.key), torch.zeros_like(side.value)
+        d_keys, d_values = (  # contiguous: rows are added to flat views of them
+            torch.zeros_like(t, memory_format=torch.contiguous_format)
+            for t in (side.key, side.value)
+        )
         d_columns = (
             torch.zeros_like(side.columns.key),
             torch.zeros_like(side.columns.value),

@@ -161,7 +161,8 @@ def recursion_backward(
         delta = delta - grad_lse.to(wide).reshape(shape)
     rest = lse.reshape(shape)
     rest = rest.masked_fill(rest == float("-inf"), 0.0)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    # contiguous: models give transposed heads, and rows are added to flat views of these
+    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     geometry = geometry_of(call, config)
     for leaf in geometry.leaves:
         for rows, keys, bias in _leaf_blocks(call, leaf):

@@ -13,7 +13,14 @@ from torch import Tensor
 from ..._triton.launch import interpreting
 from ..call import InfiniCall
 from ..config import InfiniConfig
-from ..ops import MAX_ROWS, infini_decode, infini_mix, infini_states
+from ..ops import (
+    MAX_ROWS,
+    StatesAndInputs,
+    infini_decode,
+    infini_delta_states,
+    infini_mix,
+    infini_states,
+)
 from .eager import assemble
 from .memory import memory_states
 from .parts import local_attention, needed_states, plan
@@ -31,15 +38,16 @@ def infini_triton(call: InfiniCall) -> tuple[Tensor, Tensor, Tensor]:
     parts = plan(call)
     if _is_decoding(call):
         return _decode(call, needed_states(call, parts))
-    local = assemble(call, [local_attention(call, part) for part in parts])
     count = needed_states(call, parts)
-    if config.update == "linear":
-        memory, normaliser = infini_states(
+    if config.update in ("linear", "delta"):
+        memory, normaliser, key, value = StatesAndInputs.apply(  # type: ignore[no-untyped-call]
             call.memory_key, call.value, call.memory, call.normaliser, call.key_lengths,
-            config.segment_length, count,
+            config.segment_length, count, config.update == "delta",
         )  # fmt: skip
+        call = call._replace(value=value, key=key if call.memory_key is call.key else call.key)
     else:
         memory, normaliser = memory_states(call, count)
+    local = assemble(call, [local_attention(call, part) for part in parts])
     unread = not parts or parts[-1].segment + parts[-1].segments - 1 <= config.lag
     if config.first_segment == "gated" or not (call.starts_empty and unread):
         local = infini_mix(
@@ -70,8 +78,9 @@ def _decode(call: InfiniCall, count: int) -> tuple[Tensor, Tensor, Tensor]:
     config, n_k = call.config, call.key.shape[2]
     if count == 0:
         memory, normaliser = call.memory.unsqueeze(2), call.normaliser.unsqueeze(2)
-    elif config.update == "linear":
-        memory, normaliser = infini_states(
+    elif config.update in ("linear", "delta"):
+        states = infini_states if config.update == "linear" else infini_delta_states
+        memory, normaliser, *_ = states(
             call.memory_key, call.value, call.memory, call.normaliser, None,
             config.segment_length, count,
         )  # fmt: skip

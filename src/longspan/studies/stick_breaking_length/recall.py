@@ -17,8 +17,8 @@ from ...train.batches import IGNORED, Batch
 
 __all__ = ["VOCABULARY", "RecallBatches", "draw_recall", "recall_accuracy"]
 
-_KEYS = 1024
-_VALUES = 1024
+_KEYS = 256
+_VALUES = 128
 VOCABULARY = _KEYS + _VALUES
 _QUESTIONS = 32
 

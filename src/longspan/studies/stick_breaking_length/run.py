@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import LongspanError
+from ...errors import ConfigError, LongspanError, nearest_name
 from ...eval.extrapolation import book_windows, position_edges, position_losses, window_losses
 from ...eval.rows import RowFile, provenance, settings_key
 from ...eval.spans import span_profile
@@ -29,7 +29,7 @@ from ...train.tokens import TokenFile
 from ...train.trained import with_settings
 from ..clock import Clock, OutOfTime
 from .data import StudyData
-from .recall import RecallBatches, recall_accuracy
+from .recall import VOCABULARY, RecallBatches, recall_accuracy
 from .sizes import Sizes
 from .speed import early_stop_rows, stopped
 from .variants import READINGS, VARIANTS, Reading
@@ -65,6 +65,7 @@ def run_study(
     stop_after: float | None = None,
     compile: bool | None = None,
     listener: Listener | None = None,
+    only: Sequence[str] | None = None,
 ) -> Outcome:
     """Run the study, or go on where it stopped.
 
@@ -79,6 +80,13 @@ def run_study(
         stop_after: seconds after which this call returns; call again to go on.
         compile: use torch.compile. Default: on a GPU.
         listener: called with a line of text for each thing that is done.
+        only: phases to run, e.g. "length:rope", "small", "early-stop", "recall:nope"; a name
+            before the colon takes all of its kind. Default: all. For several devices, run
+            processes with other phases and other folders, and the same plan.json in each; their
+            rows belong together (`tools/ship_study.py` takes several folders).
+
+    Raises:
+        ConfigError: `only` names no phase.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     study = _Study(
@@ -90,6 +98,7 @@ def run_study(
         clock=Clock(stop_after),
         compile=device.type == "cuda" if compile is None else compile,
         say=listener or (lambda text: None),
+        only=only,
     )
     with RowFile(study.home / "rows.jsonl") as rows:
         study.rows = rows
@@ -103,6 +112,17 @@ def run_study(
             is_finished=finished and not study.failures,
             failures=study.failures,
         )
+
+
+def chosen_phases(only: Sequence[str] | None, phases: Iterable[str]) -> list[str]:
+    """The phases that are named, by themselves or by their kind, in the order of the study."""
+    known = list(phases)
+    if only is None:
+        return known
+    for name in only:
+        if not any(name in (phase, phase.split(":")[0]) for phase in known):
+            raise ConfigError(f"only: {name!r} is no phase. {nearest_name(name, known)}")
+    return [phase for phase in known if phase in only or phase.split(":")[0] in only]
 
 
 class _Study:
@@ -121,7 +141,9 @@ class _Study:
         clock: Clock,
         compile: bool,
         say: Listener,
+        only: Sequence[str] | None,
     ) -> None:
+        self.only = only
         self.data, self.home, self.sizes, self.budget = data, home, sizes, budget
         self.device, self.clock, self.compile, self.say = device, clock, compile, say
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -131,15 +153,17 @@ class _Study:
     def run(self) -> None:
         """All phases. One that fails is reported, and those after it run."""
         plan = self._plan()
+        steps, recall_steps = plan["steps"], plan["recall_steps"]
+        phases: dict[str, Callable[[], None]] = {}
         for variant in VARIANTS:
-            self._attempt(f"length, {variant}", partial(self._variant, variant, plan["steps"]))
-        self._attempt("early stop", partial(self._early_stop, plan["steps"]))
-        for variant in RECALL_VARIANTS:
-            self._attempt(
-                f"recall, {variant}", partial(self._recall, variant, plan["recall_steps"])
-            )
+            phases[f"length:{variant}"] = partial(self._variant, variant, steps)
         for variant in SIBLINGS:
-            self._attempt(f"small model, {variant}", partial(self._sibling, variant, plan["steps"]))
+            phases[f"small:{variant}"] = partial(self._sibling, variant, steps)
+        phases["early-stop"] = partial(self._early_stop, steps)
+        for variant in RECALL_VARIANTS:
+            phases[f"recall:{variant}"] = partial(self._recall, variant, recall_steps)
+        for name in chosen_phases(self.only, phases):
+            self._attempt(name, phases[name])
 
     def _attempt(self, name: str, phase: Callable[[], None]) -> None:
         try:
@@ -307,10 +331,9 @@ class _Study:
     # Recall
 
     def _recall(self, variant: str, steps: int) -> None:
+        task = {"variant": variant, "vocab_size": VOCABULARY}
         tests = [
-            n
-            for n in self.sizes.recall_tests
-            if not self._find("recall", {"variant": variant, "pairs": n})
+            n for n in self.sizes.recall_tests if not self._find("recall", {**task, "pairs": n})
         ]
         if not tests:
             return
@@ -325,7 +348,7 @@ class _Study:
             )
             self._add(
                 "recall",
-                {"variant": variant, "pairs": pairs},
+                {**task, "pairs": pairs},
                 {**result, "final_loss": log[-1]["loss"], "steps": steps,
                  "trained_pairs": list(self.sizes.recall_pairs)},
             )  # fmt: skip
@@ -339,7 +362,7 @@ class _Study:
         if self._find("sibling", key) and (target / "model.safetensors").exists():
             return
         config = self.sizes.sibling_config(
-            variant, self.data.train.vocab_size, steps=steps,
+            variant, self.data.train.vocab_size, steps=self.sizes.sibling_factor * steps,
             dtype=self._dtype_name(), compile=self.compile,
         )  # fmt: skip
         model, log = self._train(config, self._batches(config), f"sibling-{variant}")

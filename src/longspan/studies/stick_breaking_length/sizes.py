@@ -19,8 +19,9 @@ class Sizes:
 
     model, sibling: sizes of the compared models and of the small ones that are kept. length: of
     training. batch_size: sequences per step. learning_rate, sibling_rate: peaks; not tuned per
-    variant. lengths: evaluated. windows_per_book: of the longest length. training_share: of the
-    budget, for the compared models. calibration_steps: that measure a step.
+    variant. sibling_factor: steps of the small models, over those of the compared ones. lengths:
+    evaluated. windows_per_book: of the longest length. training_share: of the budget, for the
+    compared models. calibration_steps: that measure a step.
     recall_model, recall_pairs (trained), recall_tests (evaluated), recall_batch, recall_steps (per
     minute of budget), recall_sequences (per test), recall_rate.
     speed_lengths: of the early-stop measurement. span_length: of the span statistics.
@@ -32,6 +33,7 @@ class Sizes:
     batch_size: int
     learning_rate: float
     sibling_rate: float
+    sibling_factor: int
     lengths: tuple[int, ...]
     windows_per_book: int
     training_share: float
@@ -104,18 +106,19 @@ FULL = Sizes(
     batch_size=32,
     learning_rate=2e-3,
     sibling_rate=4e-3,
+    sibling_factor=2,
     lengths=(2048, 4096, 8192, 16384, 32768),
     windows_per_book=2,
     training_share=0.55,
     calibration_steps=20,
     log_every=10,
-    recall_model={"width": 256, "layers": 2, "heads": 1},
+    recall_model={"width": 128, "layers": 2, "heads": 1},
     recall_pairs=(8, 16, 32, 64, 96, 128, 192),
     recall_tests=(32, 64, 128, 192, 256, 384, 512),
-    recall_batch=64,
+    recall_batch=256,
     recall_steps=200,
     recall_sequences=64,
-    recall_rate=1e-3,
+    recall_rate=4e-3,
     speed_lengths=(2048, 8192, 32768, 131072),
     span_length=8192,
 )
@@ -127,6 +130,7 @@ SMALL = Sizes(
     batch_size=4,
     learning_rate=4e-3,
     sibling_rate=4e-3,
+    sibling_factor=1,
     lengths=(128, 256, 512),
     windows_per_book=1,
     training_share=0.4,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...._triton.launch import interpreting
-from .mix import Layout, _place
+from .mix import Layout, place_of
 from .tiles import block_dim, full_grid, kernel_input, load_rows, upcasts
 
 __all__ = ["decode"]
@@ -101,7 +101,7 @@ def _infini_join_kernel(
         top = higher
     near = acc / tl.where(total > 0, total, 1.0)
     segment = ((query_offset + i) // length).to(tl.int64)
-    place, g = _place(segment, b, h, kv_heads, last, written_ptr, written_ptr, gate_ptr, n_k,
+    place, g = place_of(segment, b, h, kv_heads, last, written_ptr, written_ptr, gate_ptr, n_k,
                       length, lag, GROUP, False, LOCAL_FIRST)  # fmt: skip
     q = tl.load(mq_ptr + b * stride_qb + h * stride_qh + i * stride_qn + cols_d,
                 mask=cols_d < DIM, other=0.0).to(tl.float32)  # fmt: skip

@@ -664,8 +664,7 @@ def stick_backward(
         num_rows = triton.cdiv(n_q, block_m)
         units, per_unit = batch * heads, 1
     num_m, num_n = triton.cdiv(n_q, block_m), triton.cdiv(n_k, block_n)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dq, dk, dv = unit_last_stride(dq), unit_last_stride(dk), unit_last_stride(dv)
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))  # contiguous, as the fake says
     partial_bias = None
     if logit_bias is not None:
         partial_bias = q.new_zeros((batch, heads, num_m), dtype=torch.float32)

@@ -26,20 +26,26 @@ from .configs import (
 )
 from .tiles import (
     LOG2E,
+    below,
     block_dim,
+    copies_pay,
+    copies_tiles,
+    copy_tile,
     cut,
+    descriptors,
     grid_of,
     kernel_input,
     kernel_settings,
     load_tile,
     masked_count,
     masked_tile,
+    row_bounds,
     run_bounds,
     sequence_of,
     store_tile,
     tiles_of,
     upcasts,
-    visible,
+    within,
 )
 
 __all__ = ["triton_backward"]
@@ -77,27 +83,29 @@ def _window_delta_bwd_kernel(
 
 @triton.jit
 def _add_query_gradient(
-    dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, limit, p, offs_n, offs_d,
-    offs_dv, scale, n_k, window, num_sinks,
+    dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h, start, limit, low,
+    count, offs_n, offs_d, offs_dv, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, UPCAST: tl.constexpr,
+    KIND: tl.constexpr, IS_TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq += ds k over one tile of keys; KIND as in the forward."""
-    k = load_tile(
-        k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
-    )
-    v = load_tile(
-        v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST
-    )
+    """dq += ds k over one tile of keys; KIND "full", "masked" or "sink" as in the forward."""
+    if IS_TMA:
+        k = copy_tile(k_desc, b, h, start, offs_n.shape[0], BLOCK_D, UPCAST)
+        v = copy_tile(v_desc, b, h, start, offs_n.shape[0], BLOCK_DV, UPCAST)
+    else:
+        k = load_tile(
+            k_ptr, stride_kn, start, limit, offs_n, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
+        )
+        v = load_tile(
+            v_ptr, stride_vn, start, limit, offs_n, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full",
+            UPCAST,
+        )  # fmt: skip
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     w = tl.math.exp2(s * scale - lse[:, None])
-    if KIND != "full":
-        j = start + offs_n
-        if KIND == "masked":
-            seen = visible(p, j, n_k, window, num_sinks, IS_CAUSAL)
-        else:
-            seen = (j < limit)[None, :]
-        w = tl.where(seen, w, 0.0)
+    if KIND == "sink":
+        w = tl.where(below(low, limit, start, offs_n), w, 0.0)
+    elif KIND == "masked":
+        w = tl.where(within(low, count, start, offs_n), w, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     ds = w * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -105,7 +113,8 @@ def _add_query_gradient(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _window_query_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, k_desc, v_desc,
+    cu_q_ptr, cu_k_ptr, lengths_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_dqb, stride_dqh, stride_dqn, stride_lb, stride_lh,
@@ -114,7 +123,7 @@ def _window_query_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    IS_TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_M queries of one head."""
     tiles = tl.cdiv(n_q, BLOCK_M)
@@ -128,8 +137,9 @@ def _window_query_bwd_kernel(
     if IS_PACKED:
         b = b * 0
     q_ptr += b * stride_qb + h * stride_qh + q_start * stride_qn
-    k_ptr += b * stride_kb + h // GROUP * stride_kh + k_start * stride_kn
-    v_ptr += b * stride_vb + h // GROUP * stride_vh + k_start * stride_vn
+    h_k = h // GROUP
+    k_ptr += b * stride_kb + h_k * stride_kh + k_start * stride_kn
+    v_ptr += b * stride_vb + h_k * stride_vh + k_start * stride_vn
     do_ptr += b * stride_dob + h * stride_doh + q_start * stride_don
     dq_ptr += b * stride_dqb + h * stride_dqh + q_start * stride_dqn
     rows = b * stride_lb + h * stride_lh + q_start + start_m
@@ -150,47 +160,52 @@ def _window_query_bwd_kernel(
 
     first = start_m + query_offset  # key indices of the rows
     last = tl.minimum(start_m + BLOCK_M, n_q) - 1 + query_offset
-    p = first + offs_m
     log2_scale = scale * LOG2E
     begin, full_begin, full_end, end, sink_end = run_bounds(
         first, last, n_k, window, num_sinks, IS_CAUSAL, BLOCK_N)  # fmt: skip
+    low, count = row_bounds(first + offs_m, n_k, window, num_sinks, IS_CAUSAL)
     # The sinks first: their loads overlap with those of the queries.
     for start in range(0, sink_end, BLOCK_S):
         dq = _add_query_gradient(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, sink_end, p,
-            tl.arange(0, BLOCK_S), offs_d, offs_dv, log2_scale, n_k, window, num_sinks, DIM,
-            VALUE_DIM, BLOCK_D, BLOCK_DV, IS_CAUSAL, "sink", UPCAST)  # fmt: skip
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h_k, start,
+            sink_end, low, count, tl.arange(0, BLOCK_S), offs_d, offs_dv, log2_scale, DIM,
+            VALUE_DIM, BLOCK_D, BLOCK_DV, "sink", False, UPCAST)  # fmt: skip
     for start in range(full_begin, full_end, BLOCK_N):
         dq = _add_query_gradient(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
-            offs_dv, log2_scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            IS_CAUSAL, "full", UPCAST)  # fmt: skip
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h_k, start,
+            n_k, low, count, offs_n, offs_d, offs_dv, log2_scale, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+            "full", IS_TMA, UPCAST)  # fmt: skip
     for t in range(0, masked_count(begin, full_begin, full_end, end, BLOCK_N)):
         start = masked_tile(t, begin, full_begin, full_end, BLOCK_N)
         dq = _add_query_gradient(
-            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, start, n_k, p, offs_n, offs_d,
-            offs_dv, log2_scale, n_k, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            IS_CAUSAL, "masked", UPCAST)  # fmt: skip
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, k_desc, v_desc, b, h_k, start,
+            n_k, low, count, offs_n, offs_d, offs_dv, log2_scale, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+            "masked", IS_TMA, UPCAST)  # fmt: skip
     store_tile(dq_ptr, stride_dqn, start_m, n_q, offs_m, offs_d, dq * scale, DIM)
 
 
 @triton.jit
 def _add_key_gradients(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_don, start, n_q, query_offset,
-    j, offs_m, offs_d, offs_dv, scale, window, num_sinks,
+    dk, dv, k, v, q_ptr, do_ptr, q_desc, do_desc, b, h, lse_ptr, delta_ptr, stride_qn, stride_don,
+    start, n_q, query_offset, j, offs_m, offs_d, offs_dv, scale, window, num_sinks,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, UPCAST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, KIND: tl.constexpr, IS_TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dv += p^T dO and dk += ds^T q over one tile of queries.
 
     KIND: "full" (no mask), "near" (pairs inside of the window), "sink" (sinks outside of it).
     """
-    q = load_tile(
-        q_ptr, stride_qn, start, n_q, offs_m, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
-    )
-    do = load_tile(
-        do_ptr, stride_don, start, n_q, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full", UPCAST
-    )
+    if IS_TMA:
+        q = copy_tile(q_desc, b, h, start, offs_m.shape[0], BLOCK_D, UPCAST)
+        do = copy_tile(do_desc, b, h, start, offs_m.shape[0], BLOCK_DV, UPCAST)
+    else:
+        q = load_tile(
+            q_ptr, stride_qn, start, n_q, offs_m, offs_d, DIM, BLOCK_D, KIND != "full", UPCAST
+        )
+        do = load_tile(
+            do_ptr, stride_don, start, n_q, offs_m, offs_dv, VALUE_DIM, BLOCK_DV, KIND != "full",
+            UPCAST,
+        )  # fmt: skip
     if KIND == "full":
         lse = tl.load(lse_ptr + start + offs_m) * LOG2E
         delta = tl.load(delta_ptr + start + offs_m)
@@ -201,18 +216,19 @@ def _add_key_gradients(
     # Transposed, [keys, queries]: the weights are the left side of both products.
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     w = tl.math.exp2(s * scale - lse[None, :])
-    if KIND != "full":
-        # Rows outside of n_q are loaded as zeros and add nothing; keys outside are never stored.
-        gap = start + query_offset + offs_m[None, :] - j[:, None]  # p - j
-        if IS_CAUSAL:
-            seen = gap.to(tl.uint32) < window.to(tl.uint32)  # 0 <= gap < window
+    # Rows outside of n_q are loaded as zeros and add nothing; keys outside are never stored.
+    if KIND == "near":
+        if IS_CAUSAL:  # rows j .. j + window - 1 have key j in their window
+            low, count = j - query_offset, window + j * 0
         else:
-            seen = (gap < window) & (gap > -window)
-        if KIND == "sink":
-            seen = (seen == 0) & (j[:, None] < num_sinks)
-            if IS_CAUSAL:
-                seen = seen & (gap >= 0)
-        w = tl.where(seen, w, 0.0)
+            low, count = j - query_offset - window + 1, 2 * window - 1 + j * 0
+        w = tl.where(within(low, count, start, offs_m), w, 0.0)
+    elif KIND == "sink":
+        gap = start + query_offset + offs_m[None, :] - j[:, None]  # p - j
+        seen = gap >= window
+        if not IS_CAUSAL:
+            seen = seen | (gap <= -window)
+        w = tl.where(seen & (j < num_sinks)[:, None], w, 0.0)
     dv = tl.dot(w.to(do.dtype), do, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     ds = w * (dp - delta[None, :])
@@ -273,10 +289,10 @@ def _window_sink_bwd_kernel(
         begin = tl.maximum(begin, apart)
     for start in range(begin, end, BLOCK_M):
         dk, dv = _add_key_gradients(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr + rows, delta_ptr + rows, stride_qn, stride_don,
-            start, n_q, query_offset, start_s + offs_s, offs_m, offs_d, offs_dv,
+            dk, dv, k, v, q_ptr, do_ptr, None, None, b, h, lse_ptr + rows, delta_ptr + rows, stride_qn,
+            stride_don, start, n_q, query_offset, start_s + offs_s, offs_m, offs_d, offs_dv,
             scale * LOG2E, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            IS_CAUSAL, "sink", UPCAST)  # fmt: skip
+            IS_CAUSAL, "sink", False, UPCAST)  # fmt: skip
     store_tile(part_k_ptr + part * DIM, DIM, start_s, num_sinks, offs_s, offs_d, dk, DIM)
     store_tile(
         part_v_ptr + part * VALUE_DIM, VALUE_DIM, start_s, num_sinks, offs_s, offs_dv, dv, VALUE_DIM
@@ -313,7 +329,7 @@ def _sum_parts(
 @triton.jit(do_not_specialize=[*_UNSPECIALIZED, "runs"])
 def _window_key_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, part_k_ptr, part_v_ptr, dk_ptr, dv_ptr,
-    cu_q_ptr, cu_k_ptr, lengths_ptr,
+    q_desc, do_desc, cu_q_ptr, cu_k_ptr, lengths_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, stride_lb, stride_lh,
@@ -322,7 +338,7 @@ def _window_key_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    ONE_LOOP: tl.constexpr, IS_TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_N keys and values of one key head, over its GROUP query heads."""
     tiles = tl.cdiv(n_k, BLOCK_N)
@@ -371,19 +387,32 @@ def _window_key_bwd_kernel(
     full_end = tl.maximum(full_end, full_begin)
     if HAS_LENGTHS:  # a tile in the padding has no full tiles either
         full_end = tl.where(start_n < n_k, full_end, full_begin)
+    masked = (tl.maximum(end - begin, 0) + BLOCK_M - 1) // BLOCK_M
+    if not ONE_LOOP:
+        masked = masked_count(begin, full_begin, full_end, end, BLOCK_M)
     log2_scale = scale * LOG2E
     for g in range(GROUP):
         head = h * GROUP + g
         q_g = q_ptr + b * stride_qb + head * stride_qh + q_start * stride_qn
         do_g = do_ptr + b * stride_dob + head * stride_doh + q_start * stride_don
         rows = b * stride_lb + head * stride_lh + q_start
-        for start in range(begin, end, BLOCK_M):
+        if not ONE_LOOP:
+            for start in range(full_begin, full_end, BLOCK_M):
+                dk, dv = _add_key_gradients(
+                    dk, dv, k, v, q_g, do_g, q_desc, do_desc, b, head, lse_ptr + rows,
+                    delta_ptr + rows, stride_qn, stride_don, start, n_q, query_offset,
+                    start_n + offs_n, offs_m, offs_d, offs_dv, log2_scale, window, num_sinks, DIM,
+                    VALUE_DIM, BLOCK_D, BLOCK_DV, IS_CAUSAL, "full", IS_TMA, UPCAST)  # fmt: skip
+        for t in range(0, masked):
+            start = begin + t * BLOCK_M
+            if not ONE_LOOP:
+                start = masked_tile(t, begin, full_begin, full_end, BLOCK_M)
             dk, dv = _add_key_gradients(
-                dk, dv, k, v, q_g, do_g, lse_ptr + rows, delta_ptr + rows, stride_qn, stride_don,
-                start, n_q, query_offset, start_n + offs_n, offs_m, offs_d, offs_dv,
-                log2_scale, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                IS_CAUSAL, "near", UPCAST)  # fmt: skip
-    if HAS_LENGTHS:  # full tiles take no mask: clear what they gave to padding
+                dk, dv, k, v, q_g, do_g, q_desc, do_desc, b, head, lse_ptr + rows, delta_ptr + rows,
+                stride_qn, stride_don, start, n_q, query_offset, start_n + offs_n, offs_m, offs_d,
+                offs_dv, log2_scale, window, num_sinks, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                IS_CAUSAL, "near", IS_TMA, UPCAST)  # fmt: skip
+    if HAS_LENGTHS:  # no tile masks keys: clear what padding was given
         valid = (start_n + offs_n < n_k)[:, None]
         dk = tl.where(valid, dk, 0.0)
         dv = tl.where(valid, dv, 0.0)
@@ -435,11 +464,17 @@ def triton_backward(
     window, num_sinks = kernel_settings(config, keys)
     numbers = (rows, keys, call.query_offset, window, num_sinks)
 
-    sizes = query_kernel or pick([query_config(dim, value_dim, q.dtype, shared)])
+    is_uniform = not packed and call.key_lengths is None  # as in the forward
+    is_tma = is_uniform and copies_tiles(k, v)
+    sizes = query_kernel or pick(
+        [query_config(dim, value_dim, q.dtype, shared, is_tma and copies_pay(q))]
+    )
+    is_tma = is_tma and sizes.is_tma
     _window_query_bwd_kernel[grid_of(tiles_of(rows, sizes.block_m), entries, heads)](
-        *inputs, dq, *placing, *strides, *dq.stride()[:3], *lse.stride()[:2],
+        *inputs, dq, *descriptors(is_tma, k, v, sizes.block_n), *placing,
+        *strides, *dq.stride()[:3], *lse.stride()[:2],
         call.scale, heads, *numbers, BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
-        BLOCK_S=SINK_TILE, **sizes.options(), **common,
+        BLOCK_S=SINK_TILE, IS_TMA=is_tma, **sizes.options(), **common,
     )  # fmt: skip
 
     run_rows = 32 if interpreting() else sink_rows(config.num_sinks)
@@ -455,11 +490,16 @@ def triton_backward(
             ROWS=run_rows, **sizes.options(), **common,
         )  # fmt: skip
 
-    sizes = key_kernel or pick([key_config(dim, value_dim, q.dtype, shared)])
+    is_tma = is_uniform and copies_tiles(q, do)
+    sizes = key_kernel or pick(
+        [key_config(dim, value_dim, q.dtype, shared, is_tma and copies_pay(q))]
+    )
+    is_tma = is_tma and sizes.is_tma
     _window_key_bwd_kernel[grid_of(tiles_of(keys, sizes.block_n), entries, kv_heads)](
-        *inputs, *parts, dk, dv, *placing, *strides, *dk.stride()[:3], *dv.stride()[:3],
+        *inputs, *parts, dk, dv, *descriptors(is_tma, q, do, sizes.block_m), *placing, *strides, *dk.stride()[:3], *dv.stride()[:3],
         *lse.stride()[:2], call.scale, kv_heads, *numbers, runs, BLOCK_M=sizes.block_m,
-        BLOCK_N=sizes.block_n, ROWS=run_rows, **sizes.options(), **common,
+        BLOCK_N=sizes.block_n, ROWS=run_rows, ONE_LOOP=sizes.is_one_loop, IS_TMA=is_tma,
+        **sizes.options(), **common,
     )  # fmt: skip
     return _cut(whole, dims)
 

@@ -13,6 +13,7 @@ import torch
 from ...._triton.launch import KernelConfig, interpreting
 
 __all__ = [
+    "ROW_PARTS",
     "SINK_ROWS",
     "SINK_TILE",
     "forward_config",
@@ -23,6 +24,7 @@ __all__ = [
     "sink_rows",
 ]
 
+ROW_PARTS = 8  # partial sums a row keeps until its end: one for each column of a matrix unit's tile
 SINK_TILE = 16  # columns of a tile of sinks: the least that the matrix units take
 SINK_ROWS = 2048  # queries whose sink gradients one program sums up, for up to 64 sinks
 
@@ -41,6 +43,11 @@ _FORWARD = {
     ("small", 128): KernelConfig(64, 32, 4, 2),
     ("small", 256): KernelConfig(64, 32, 8, 2),
 }
+# The same where the tensor memory accelerator loads the tiles: no address is held in registers.
+_FORWARD_TMA = {
+    64: KernelConfig(64, 64, 4, 2, 128, False, True),
+    128: KernelConfig(128, 64, 8, 2, 128, False, True),
+}
 _QUERY = {
     ("large", 64): KernelConfig(64, 64, 4, 3),
     ("large", 128): KernelConfig(64, 64, 4, 2),
@@ -52,17 +59,25 @@ _QUERY = {
     ("small", 128): KernelConfig(64, 32, 4, 1),
     ("small", 256): KernelConfig(32, 16, 4, 1),
 }
-# block_m: queries of the inner loop; block_n: keys of the program.
+_QUERY_TMA = {
+    64: KernelConfig(64, 64, 4, 3, is_tma=True),
+    128: KernelConfig(64, 64, 4, 2, is_tma=True),
+}
+# block_m: queries of the inner loop; block_n: keys of the program. One loop: all tiles are masked.
 _KEY = {
-    ("large", 64): KernelConfig(64, 64, 4, 2),
-    ("large", 128): KernelConfig(32, 128, 8, 2),
-    ("large", 256): KernelConfig(32, 32, 8, 2),
-    ("medium", 64): KernelConfig(32, 64, 4, 2),
-    ("medium", 128): KernelConfig(32, 64, 4, 1),
-    ("medium", 256): KernelConfig(32, 32, 8, 2),
-    ("small", 64): KernelConfig(32, 64, 4, 2),
-    ("small", 128): KernelConfig(32, 64, 4, 1),
-    ("small", 256): KernelConfig(32, 32, 8, 2),
+    ("large", 64): KernelConfig(64, 64, 4, 2, None, True),
+    ("large", 128): KernelConfig(32, 128, 8, 2, None, True),
+    ("large", 256): KernelConfig(32, 32, 8, 2, None, True),
+    ("medium", 64): KernelConfig(32, 64, 4, 2, None, True),
+    ("medium", 128): KernelConfig(32, 64, 4, 1, None, True),
+    ("medium", 256): KernelConfig(32, 32, 8, 2, None, True),
+    ("small", 64): KernelConfig(32, 64, 4, 2, None, True),
+    ("small", 128): KernelConfig(32, 64, 4, 1, None, True),
+    ("small", 256): KernelConfig(32, 32, 8, 2, None, True),
+}
+_KEY_TMA = {
+    64: KernelConfig(64, 64, 4, 2, None, False, True),
+    128: KernelConfig(64, 64, 4, 2, None, True, True),
 }
 # float32 runs on the ordinary arithmetic units: small tiles, or the registers spill. Beyond 128
 # columns every tile spills; api.py refuses those.
@@ -75,8 +90,8 @@ _SINGLE_QUERY = {
     128: KernelConfig(16, 16, 8, 1),
 }
 _SINGLE_KEY = {
-    64: KernelConfig(32, 32, 8, 1),
-    128: KernelConfig(16, 16, 8, 1),
+    64: KernelConfig(32, 32, 8, 1, None, True),
+    128: KernelConfig(16, 16, 8, 1, None, True),
 }
 
 
@@ -92,21 +107,33 @@ def _class_of(device: torch.device) -> str:
     return "large" if limit > _LARGE else "medium" if limit > _MEDIUM else "small"
 
 
-def forward_config(dim: int, value_dim: int, dtype: torch.dtype, shared: str) -> KernelConfig:
-    """Forward kernel."""
+def forward_config(
+    dim: int, value_dim: int, dtype: torch.dtype, shared: str, is_tma: bool = False
+) -> KernelConfig:
+    """Forward kernel; is_tma: the tensor memory accelerator can load its tiles."""
     width = _width(dim, value_dim)
+    if is_tma and width in _FORWARD_TMA:
+        return _FORWARD_TMA[width]
     return _SINGLE_FORWARD[width] if dtype is torch.float32 else _FORWARD[shared, width]
 
 
-def query_config(dim: int, value_dim: int, dtype: torch.dtype, shared: str) -> KernelConfig:
+def query_config(
+    dim: int, value_dim: int, dtype: torch.dtype, shared: str, is_tma: bool = False
+) -> KernelConfig:
     """Kernel of the gradient of query."""
     width = _width(dim, value_dim)
+    if is_tma and width in _QUERY_TMA:
+        return _QUERY_TMA[width]
     return _SINGLE_QUERY[width] if dtype is torch.float32 else _QUERY[shared, width]
 
 
-def key_config(dim: int, value_dim: int, dtype: torch.dtype, shared: str) -> KernelConfig:
+def key_config(
+    dim: int, value_dim: int, dtype: torch.dtype, shared: str, is_tma: bool = False
+) -> KernelConfig:
     """Kernel of the gradients of key and value."""
     width = _width(dim, value_dim)
+    if is_tma and width in _KEY_TMA:
+        return _KEY_TMA[width]
     return _SINGLE_KEY[width] if dtype is torch.float32 else _KEY[shared, width]
 
 

@@ -1,17 +1,21 @@
 """What the kernels of window attention share: which tiles a program visits, loads, launching.
 
 A tile of queries sees a run of key tiles. Tiles in the middle of the run are visible in full and
-take no mask; `run_bounds` separates them from the masked ones at both ends. Sinks before the run
-are visible to every row of the tile.
+take no mask; `run_bounds` separates them from the masked ones at both ends. Sinks before the run are a
+tile of their own.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...._triton.launch import interpreting
 from ....errors import UnsupportedError
 from ...config import WindowConfig
 
@@ -20,6 +24,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 _MOST_PROGRAMS = 2**31 - 1
 _MOST_TILE_ROWS = 256
+_LEAST_COPIED_ROWS = 2**18  # queries of all heads: 8,192 of 32 heads
 _ALIGNMENT = 16  # what Triton looks for in strides (elements) and pointers (bytes)
 
 
@@ -66,6 +71,17 @@ def load_tile(
 
 
 @triton.jit
+def copy_tile(
+    desc, b, h, start, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. of head h of entry b by the tensor memory accelerator; zero outside."""
+    tile = desc.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape([BLOCK_N, BLOCK_D])
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
 def store_tile(
     ptr, stride, start, length, offs_n, offs_d, tile, DIM: tl.constexpr,
 ):  # fmt: skip
@@ -82,21 +98,39 @@ def run_bounds(
     """Key tiles that queries at key indices first .. last see.
 
     Returns (begin, full_begin, full_end, end, sink_end): the run is begin .. end in steps of
-    BLOCK_N, tiles in full_begin .. full_end take no mask, sinks 0 .. sink_end lie before the run.
+    BLOCK_N, tiles in full_begin .. full_end take no mask, and some row sees sinks before its run,
+    all of them below sink_end.
     """
     begin = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
     full_begin = (tl.maximum(last - window + 1, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     if IS_CAUSAL:
         end = tl.minimum(last + 1, n_k)
         full_end = tl.minimum(first + 1, n_k)
-    else:
-        # Rows before the first key see the sinks behind their window.
+    else:  # rows whose window ends below num_sinks: their run is all sinks, see row_bounds
         end = tl.minimum(tl.maximum(last + window, num_sinks), n_k)
         full_end = tl.minimum(first + window, n_k)
+        begin = tl.where(first + window < tl.minimum(num_sinks, n_k), 0, begin)
     full_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
     full_end = tl.maximum(full_end, full_begin)
-    sink_end = tl.minimum(tl.minimum(num_sinks, n_k), begin)
+    sink_end = tl.minimum(tl.minimum(num_sinks, n_k), tl.maximum(last - window + 1, 0))
     return begin, full_begin, full_end, end, sink_end
+
+
+@triton.jit
+def row_bounds(p, n_k, window, num_sinks, IS_CAUSAL: tl.constexpr):
+    """What the query at key index p (BLOCK_M,) sees: `count` keys from `low`, and sinks below low.
+
+    Returns (low, count).
+    """
+    low = tl.maximum(p - window + 1, 0)
+    if IS_CAUSAL:
+        high = tl.minimum(p, n_k - 1)
+    else:
+        sinks = tl.minimum(num_sinks, n_k)
+        high = tl.minimum(p + (window - 1), n_k - 1)
+        low = tl.where(high < sinks - 1, 0, low)
+        high = tl.maximum(high, sinks - 1)
+    return low, tl.maximum(high - low + 1, 0)
 
 
 @triton.jit
@@ -115,22 +149,28 @@ def masked_count(begin, full_begin, full_end, end, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def visible(p, j, n_k, window, num_sinks, IS_CAUSAL: tl.constexpr):
-    """Whether the query at key index p (BLOCK_M,) sees key j (BLOCK_N,): [BLOCK_M, BLOCK_N].
+def within(low, count, start, offs_n):
+    """Whether key start + offs_n is one of the `count` keys from low: [BLOCK_M, BLOCK_N].
 
-    One subtraction and one unsigned comparison an element; the rest is a vector over the keys:
-    0 <= gap <= reach holds for the window, and for sinks with the reach widened.
+    One subtraction and one unsigned comparison an element: a negative gap is a large number.
     """
-    if IS_CAUSAL:
-        shift = 0
-        reach = tl.where(j < num_sinks, 0x7FFFFFFF, window - 1)
-    else:  # -window < p - j < window
-        shift = window - 1
-        reach = tl.where(j < num_sinks, -1, 2 * window - 2)  # -1 is the largest unsigned number
-    reach = tl.where(j < n_k, reach, 0)
-    j = tl.where(j < n_k, j, 0x7FFFFFFF)  # the gap of padding is negative: a large unsigned number
-    gap = (p[:, None] + shift) - j[None, :]
-    return gap.to(tl.uint32) <= reach.to(tl.uint32)[None, :]
+    gap = offs_n[None, :] - (low - start)[:, None]
+    return gap.to(tl.uint32) < count.to(tl.uint32)[:, None]
+
+
+@triton.jit
+def below(low, sink_end, start, offs_n):
+    """Whether key start + offs_n is a sink before the interval of a row: [BLOCK_M, BLOCK_N]."""
+    j = start + offs_n
+    return (j[None, :] < low[:, None]) & (j < sink_end)[None, :]
+
+
+@triton.jit
+def row_parts(w, PARTS: tl.constexpr):
+    """Sums of every PARTS-th column, [BLOCK_M, PARTS]: with 8 parts no lane asks another one."""
+    if PARTS == 1:
+        return tl.sum(w, 1)[:, None]
+    return tl.sum(tl.reshape(w, [w.shape[0], w.shape[1] // PARTS, PARTS]), 1)
 
 
 def kernel_input(tensor: Tensor) -> Tensor:
@@ -147,6 +187,28 @@ def kernel_input(tensor: Tensor) -> Tensor:
     if fits and (batch | head | row) % _ALIGNMENT == 0 and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def copies_tiles(*tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator can copy tiles of these results of `kernel_input`."""
+    if not interpreting() and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+        return False
+    return all(min(t.stride()) > 0 and t.element_size() == 2 for t in tensors)
+
+
+def copies_pay(query: Tensor) -> bool:
+    """Whether there is enough to do: descriptors cost the host about 70 us a call."""
+    return interpreting() or query.shape[:3].numel() > _LEAST_COPIED_ROWS
+
+
+def descriptors(is_tma: bool, a: Tensor, b: Tensor, rows: int) -> tuple[Any, Any]:
+    """What a kernel needs to copy tiles of `rows` rows from two tensors (B, H, N, D); or nothing."""
+    return (_descriptor(a, rows), _descriptor(b, rows)) if is_tma else (None, None)
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    return TensorDescriptor(tensor, shape, strides, [1, 1, rows, block_dim(shape[-1])])
 
 
 def kernel_settings(config: WindowConfig, n_k: int) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""A RoPE model goes on training with HyperAttention, forward and backward: what the gap becomes."""

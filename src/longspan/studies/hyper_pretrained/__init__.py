@@ -1,0 +1,1 @@
+"""HyperAttention in pretrained models, untouched weights: what it costs in quality."""
