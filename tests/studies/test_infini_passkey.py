@@ -223,6 +223,7 @@ def test_answers_are_counted_from_the_whole_prompt(words, book):
         assert cell["found"] == int(right.all(1).sum())
     assert result["state_bytes"] > 0
     assert result["peak_bytes"] is None
+    assert not result["end_is_local"]  # two tokens in the last segment
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +316,7 @@ def made_rows(found):
             rows.append({
                 "study": "infini-passkey", "kind": "passkey", "variant": variant, "seed": seed,
                 "haystack": "landmark", "length": length, "cells": cells, "state_bytes": 100,
-                "peak_bytes": 10, "tokens_per_second": 5.0,
+                "peak_bytes": 10, "tokens_per_second": 5.0, "end_is_local": True,
             })  # fmt: skip
     return rows
 

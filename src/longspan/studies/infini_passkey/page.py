@@ -152,13 +152,19 @@ def _verdicts(rows: Sequence[Row], sizes: Row) -> list[Verdict]:
         for name in ("linear", "delta")
     ]
     far, end = (rate(rows, "local", longest, depths=depths) for depths in (_FAR, ("end",)))
+    own = _asked(rows, "local", longest, "landmark")
+    seen = bool(own) and own[-1]["end_is_local"]
     verdicts.append(
         Verdict(
             claim="It is the memory that finds it: with gates held local only a key in the last "
             "segment is found (control)",
-            outcome=_outcome(far.trials, far.share <= 0.05 and end.share >= 0.5, far.share <= 0.05),
+            outcome=_outcome(
+                far.trials,
+                far.share <= 0.05 and (end.share >= 0.5 if seen else end.share <= 0.05),
+                far.share <= 0.05,
+            ),
             numbers=f"at {count_text(longest)} tokens {far.text} at start and middle, {end.text} "
-            "at the end"
+            f"at the end, {'inside' if seen else 'also outside of'} the last segment"
             if far.trials
             else "no rows",
         )
@@ -284,12 +290,20 @@ def _found_section(rows: Sequence[Row], sizes: Row, haystack: str) -> Section:
         x_ticks=[math.log2(n) for n in lengths],
         x_text=lambda x: _short(round(2**x)), y_text=lambda y: f"{y:g}", from_zero=True,
     ) if series else None  # fmt: skip
-    counts = ", ".join(f"{n} at {count_text(int(k))}" for k, n in sizes["trials"].items())
+    asked = [row for row in rows if row["kind"] == "passkey" and row["haystack"] == haystack]
+    trials = {row["length"]: row["cells"]["start"]["trials"] for row in asked}
+    counts = ", ".join(f"{n} at {count_text(length)}" for length, n in sorted(trials.items()))
+    near = all(row["end_is_local"] for row in asked)
+    where = (
+        "The end lies in the last segment, which local attention sees."
+        if near
+        else "Needle and question are longer than a segment, so that the end, too, is outside of "
+        "the last one at some lengths."
+    )
     return Section(
         heading=f"Passkeys found in {_NAMES[haystack]}",
         caption="Per cent of prompts, needle at start/middle/end; behind them the 95 % interval of "
-        f"start and middle together. Prompts per depth and seed: {counts}. The end lies in the "
-        "last segment, which local attention sees.",
+        f"start and middle together. Prompts per depth and seed: {counts}. {where}",
         svg=svg,
         legend=[(one.label, one.colour) for one in series],
         table=Table(head=["model", *(count_text(n) for n in lengths)], lines=lines),
