@@ -21,10 +21,12 @@ import torch.nn.functional as F
 
 from longspan import (
     ExactConfig,
+    HyperConfig,
     InfiniConfig,
     StickBreakingConfig,
     WindowConfig,
     exact_attention,
+    hyper_attention,
     infini_attention,
     stick_breaking_attention,
     window_attention,
@@ -52,6 +54,8 @@ CASES: dict[str, tuple[str, Any, str]] = {  # name -> scheme, config, layout
     "infini state passing": ("state_passing", InfiniConfig(segment_length=SEGMENT), "contiguous"),
     "infini delta": ("state_passing", InfiniConfig(segment_length=SEGMENT, update="delta"),
                      "contiguous"),
+    "hyper clusters": ("clusters", HyperConfig(), "zigzag"),
+    "hyper ulysses": ("ulysses", HyperConfig(), "contiguous"),
 }  # fmt: skip
 
 
@@ -85,7 +89,11 @@ class Bench:
 
     def layout(self, length: int, kind: str, config: Any) -> SequenceLayout:
         """Cut at segments where the mechanism wants that."""
-        multiple = config.segment_length if isinstance(config, InfiniConfig) else 1
+        multiple = 1
+        if isinstance(config, InfiniConfig):
+            multiple = config.segment_length
+        if isinstance(config, HyperConfig):
+            multiple = config.chunk_size
         return SequenceLayout(length=length, ranks=self.group.size, kind=kind, multiple=multiple)
 
     def check(self, name: str) -> float:
@@ -183,6 +191,8 @@ def one_gpu(config: Any, query, key, value) -> torch.Tensor:
     call = {"is_causal": True, "enable_gqa": True}
     if isinstance(config, InfiniConfig):
         return infini_attention(query, key, value, config=config, **call).output
+    if isinstance(config, HyperConfig):
+        return hyper_attention(query, key, value, config=config, **call)
     if isinstance(config, StickBreakingConfig):
         return stick_breaking_attention(query, key, value, config=config, **call)
     if isinstance(config, WindowConfig):

@@ -294,7 +294,8 @@ The feed-forward layer needs more than that unless it runs in chunks (`longspan.
   each GPU. Below that, links are waited for.
 - **Stick-breaking, every key:** head exchange up to {HEADS} GPUs; the ring beyond.
 - **HyperAttention, Conv-Basis, anything new:** head exchange, which is exact for whatever treats
-  heads independently.
+  heads independently. With more GPUs than heads HyperAttention has an exchange of columns and opened
+  clusters, which has not been timed.
 - **100M tokens of exact attention** take {text_of(model.exact_ring(LENGTHS["100M"], 64))} per layer on 64 GPUs: no scheme mends N². That is
   what the linear mechanisms are for.
 

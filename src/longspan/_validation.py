@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import ShapeError, UnsupportedError
+from .errors import ConfigError, ShapeError, UnsupportedError
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
@@ -91,7 +92,7 @@ def validate(
             "N_k - N_q for decoding)."
         )
     return Call(
-        query, key, value, key_lengths, bool(is_causal), _scale(scale, head_dim), query_offset
+        query, key, value, key_lengths, bool(is_causal), _scale(name, scale, head_dim), query_offset
     )
 
 
@@ -156,8 +157,19 @@ def validate_varlen(
         max_seqlen_q,
         max_seqlen_k,
         bool(is_causal),
-        _scale(scale, head_dim),
+        _scale(name, scale, head_dim),
     )
+
+
+def check_config(name: str, config: Any, allowed: type) -> None:
+    """Refuse settings of another mechanism, a dict, None, or the class instead of an instance."""
+    if not isinstance(config, allowed):
+        kind = type(config).__name__
+        got = f"the class {config.__name__}" if isinstance(config, type) else f"of type {kind}"
+        raise ConfigError(
+            f"{name}: config is {got}; it must be a {allowed.__name__}. "
+            f"Pass {allowed.__name__}(...), or leave it out for the default settings."
+        )
 
 
 def lengths_from_mask(name: str, attn_mask: Tensor, batch: int, n_k: int) -> Tensor:
@@ -262,12 +274,27 @@ def _check_key_lengths(name: str, key_lengths: Tensor, batch: int, device: torch
     return key_lengths.to(device=device, dtype=torch.int32)
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
-    return float(head_dim) ** -0.5 if scale is None else float(scale)
+def _scale(name: str, scale: float | None, head_dim: int) -> float:
+    number: float
+    if scale is None:
+        number = float(head_dim) ** -0.5
+        return number
+    try:
+        number = math.nan if isinstance(scale, (str, bytes)) else float(scale)
+    except (TypeError, ValueError, RuntimeError):  # float() of a list, of a tensor of many numbers
+        number = math.nan
+    if not math.isfinite(number):
+        raise ShapeError(
+            f"{name}: scale is {scale!r}; it must be a finite number that multiplies the scores. "
+            "Leave it out for head_dim ** -0.5."
+        )
+    return number
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, Tensor) or query.is_meta:  # autocast does not know the meta device
+        return query, key, value
+    if not torch.is_autocast_enabled(query.device.type):
         return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)
 

@@ -110,6 +110,36 @@ def test_selfcheck_passes_here(longspan, small_cases):
     assert "WRONG" not in out
 
 
+def test_selfcheck_tells_each_result_at_once(longspan, small_cases, monkeypatch):
+    """A pipe gets whole lines, each before the next check begins, and a reason once.
+
+    Also where the progress bar is on a terminal.
+    """
+    from rich.console import Console
+
+    from longspan.cli import _console
+
+    monkeypatch.setattr(_console, "errors", Console(stderr=True, force_terminal=True))
+    flushed = []
+    tell = print
+
+    def noted(*args, flush=False, **extra):
+        flushed.append(flush)
+        tell(*args, flush=flush, **extra)
+
+    monkeypatch.setattr("builtins.print", noted)
+    code, out, _ = longspan("selfcheck", "--device", "cpu", "--mechanism", "window")
+    assert code == 0
+    lines = out.splitlines()
+    eager = [line for line in lines if line.startswith("window") and "eager" in line]
+    assert len(eager) == 2
+    assert all(line.endswith("right") and len(line) < 80 for line in eager)
+    assert len(flushed) == 5  # headings, two implementations, two dtypes
+    assert all(flushed)
+    assert out.count("window, triton: skipped, query is on cpu") == 1
+    assert lines[-1] == "2 checks ran on cpu, 0 are wrong."
+
+
 def test_selfcheck_finds_a_wrong_kernel(longspan, small_cases, monkeypatch):
     from longspan.window.impl import eager
 

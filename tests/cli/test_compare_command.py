@@ -76,7 +76,7 @@ def test_interrupted_and_run_again(spawn, longspan, folder, book, tmp_path, how)
         "--text",
         book,
         "--length",
-        2048,
+        4096,
         "--out",
         out,
         *MANY,

@@ -152,6 +152,53 @@ def test_refusals(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("length", [33, 130])
+def test_scale_that_is_not_positive(name, scale, length):
+    """Torch's kernels multiply -inf of their mask by the scale: NaN, or all the hidden keys."""
+    q, k, v = make_qkv(1, 2, length, 16, dtype=torch.float64, requires_grad=True)
+
+    def outcome(impl):
+        config = WindowConfig(window=40) if name == "window" else None
+        settings = {} if config is None else {"config": config}
+        output = run(name, q, k, v, scale=scale, impl=impl, **settings)
+        return output, *torch.autograd.grad(output.square().sum(), (q, k, v), allow_unused=True)
+
+    for got, want in zip(outcome("auto"), outcome("reference"), strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refuses_what_is_not_its_config(name):
+    q, k, v = make_qkv(1, 2, 8, 4)
+    own = get_mechanism(name).config_class
+    other = ExactConfig if name != "exact" else WindowConfig
+    said = {"a dict": ({}, "of type dict"), "None": (None, "of type NoneType"),
+            "class": (own, f"the class {own.__name__}"),
+            "other": (other(), f"of type {other.__name__}")}  # fmt: skip
+    for config, got in said.values():
+        with pytest.raises(ConfigError) as caught:
+            run(name, q, k, v, config=config)
+        assert f"config is {got}; it must be a {own.__name__}. Pass" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_tensors_tell_the_shape(name):
+    q, k, v = (t.to("meta") for t in make_qkv(2, 4, 40, 16, kv_heads=2, value_dim=8))
+    output = run(name, q, k, v)
+    assert output.is_meta
+    assert output.shape == (2, 4, 40, 8)
+
+
+def test_exact_wants_a_probability_of_dropping():
+    q, k, v = make_qkv(1, 2, 8, 4)
+    for dropout_p in (2.0, -0.1, float("nan")):
+        with pytest.raises(ShapeError, match="it must be a probability, 0.0 to 1.0. Pass 0.0"):
+            run("exact", q, k, v, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_explain_says_what_runs(name):
     q, k, v = make_qkv(1, 2, 6, 8)
     told = longspan.explain(q, k, v, get_mechanism(name).config_class(), is_causal=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longspan import ExactConfig, InfiniConfig, StickBreakingConfig, WindowConfig
+from longspan import ExactConfig, HyperConfig, InfiniConfig, StickBreakingConfig, WindowConfig
 from longspan.distributed import ContextGroup, SequenceLayout, attend_across_ranks
 from longspan.mechanisms import mechanism_of_config
 from longspan.testing import assert_within_budget, make_qkv
@@ -27,6 +27,8 @@ CASES = {
     "infini": ("state_passing", InfiniConfig(segment_length=128), {"kind": "contiguous"}),
     "infini delta": ("state_passing", InfiniConfig(segment_length=128, update="delta"),
                      {"kind": "contiguous"}),
+    "hyper": ("clusters", HyperConfig(chunk_size=128, window=100, num_probes=64),
+              {"multiple": 128}),
 }  # fmt: skip
 
 
@@ -83,5 +85,7 @@ def test_exchanges_on_two_gpus(tmp_path):
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     across = [row for row in found if row.get("received_bytes") is not None]
-    assert {row["impl"] for row in across} >= {"exact ring", "infini state passing"}
+    assert {row["impl"] for row in across} >= {
+        "exact ring", "infini state passing", "hyper clusters"
+    }  # fmt: skip
     assert all(row["verified"] for row in across)

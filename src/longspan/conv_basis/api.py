@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._select import choose_impl
 from .._triton.launch import triton_refusal
-from .._validation import Call, validate, validate_varlen
+from .._validation import Call, check_config, validate, validate_varlen
 from .._varlen import run_each_sequence
 from ..errors import ConfigError, ShapeError, UnsupportedError
 from ..exact.api import exact_attention_with_lse
@@ -109,6 +109,7 @@ def conv_basis_attention(
             Computation in Transformers, Findings of EMNLP 2025, arXiv:2405.05219.
     """
     name = "conv_basis_attention"
+    check_config(name, config, ConvBasisConfig)
     call = _validated(name, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                       query_offset, key_lengths)  # fmt: skip
     return _run(name, call, config, seed, impl).output
@@ -152,6 +153,7 @@ def conv_basis_attention_with_lse(
         torch.Size([1, 2, 128])
     """
     name = "conv_basis_attention_with_lse"
+    check_config(name, config, ConvBasisConfig)
     call = _validated(name, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                       query_offset, key_lengths)  # fmt: skip
     return _run(name, call, config, seed, impl)
@@ -200,6 +202,7 @@ def conv_basis_attention_varlen(
         torch.Size([10, 2, 16])
     """
     name = "conv_basis_attention_varlen"
+    check_config(name, config, ConvBasisConfig)
     call = validate_varlen(name, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                            max_seqlen_k, is_causal=is_causal, scale=scale,
                            enable_gqa=enable_gqa)  # fmt: skip
@@ -249,6 +252,7 @@ def conv_basis_recover(
         (torch.Size([1, 2, 3]), torch.Size([1, 2, 3, 64]))
     """
     name = "conv_basis_recover"
+    check_config(name, config, ConvBasisConfig)
     call = validate(name, query, key, key, is_causal=True, scale=scale, enable_gqa=enable_gqa,
                     key_lengths=key_lengths)  # fmt: skip
     if query.shape[2] != key.shape[2]:

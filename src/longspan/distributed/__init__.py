@@ -1,7 +1,8 @@
 """Context parallelism: one sequence over several ranks, on torch.distributed.
 
-Split a sequence with `SequenceLayout`, run attention with `ring_attention`, `ulysses_attention` or
-`infini_attention_across_ranks`, sum the loss with `global_mean`. Names are resolved on first use.
+Split a sequence with `SequenceLayout`, run attention with `ring_attention`, `ulysses_attention`,
+`infini_attention_across_ranks` or `hyper_attention_across_ranks`, sum the loss with `global_mean`.
+Names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .clusters import hyper_attention_across_ranks
     from .exchange import gather_sequence
     from .group import ContextGroup
     from .layout import LAYOUT_KINDS, SequenceLayout, Span
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "gather_sequence": "exchange",
+    "hyper_attention_across_ranks": "clusters",
     "infini_attention_across_ranks": "state_passing",
     "ContextGroup": "group",
     "LAYOUT_KINDS": "layout",
@@ -64,6 +67,7 @@ __all__ = [
     "attend_across_ranks",
     "gather_sequence",
     "global_mean",
+    "hyper_attention_across_ranks",
     "infini_attention_across_ranks",
     "next_token_targets",
     "ring_attention",

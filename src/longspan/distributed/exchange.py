@@ -6,7 +6,7 @@ All of them are torch.distributed calls; a failure becomes a RankError that name
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from .group import ContextGroup
 from .layout import SequenceLayout, Span
 
 __all__ = [
+    "Held",
     "Message",
     "Transfer",
     "all_to_all",
@@ -35,6 +36,13 @@ class Message(NamedTuple):
 
     tensor: Tensor
     rank: int
+
+
+class Held(Protocol):
+    """Which rows a rank holds: a `SequenceLayout`, or the same of another table of rows."""
+
+    def spans(self, rank: int) -> tuple[Span, ...]:
+        """Disjoint, in order."""
 
 
 class Transfer:
@@ -127,7 +135,7 @@ def gather_ranks(tensor: Tensor, group: ContextGroup) -> Tensor:
 def fetch_rows(
     tensor: Tensor,
     group: ContextGroup,
-    layout: SequenceLayout,
+    layout: Held,
     wanted: tuple[tuple[Span, ...], ...],
 ) -> Tensor:
     """Chosen tokens from wherever they are; differentiable.

@@ -16,7 +16,7 @@ from .ulysses import ulysses_attention, ulysses_attention_varlen
 
 __all__ = ["SCHEMES", "attend_across_ranks", "spread_transformer"]
 
-SCHEMES = ("ring", "ulysses", "state_passing")
+SCHEMES = ("ring", "ulysses", "state_passing", "clusters")
 
 
 def attend_across_ranks(
@@ -33,7 +33,8 @@ def attend_across_ranks(
     """Causal self-attention by a scheme, for packed or plain layouts, with one return type.
 
     Args:
-        scheme: "ring", "ulysses" or "state_passing".
+        scheme: "ring", "ulysses", "state_passing" (Infini-attention) or "clusters"
+            (HyperAttention).
         query, key, value: (B, H or H_kv, n, D); B is 1 for packed documents.
         config, group, layout, **settings: as in `ring_attention` and `ulysses_attention`.
 
@@ -55,6 +56,10 @@ def attend_across_ranks(
             query, key, value, config=config, **common
         ).output
         return passed
+    if scheme == "clusters":
+        from .clusters import hyper_attention_across_ranks
+
+        return hyper_attention_across_ranks(query, key, value, config=config, **common).output
     if layout.cu_seqlens is None:
         dense: Any = ring_attention if scheme == "ring" else ulysses_attention
         result = dense(query, key, value, config, **common)
@@ -86,8 +91,8 @@ def spread_transformer(
     Args:
         model: a `longspan.models.Transformer`, also one that FSDP2 shards.
         group, layout: who shares the sequences, and how.
-        scheme: "ring" (exact, window, stick-breaking), "ulysses" (every mechanism) or
-            "state_passing" (Infini-attention).
+        scheme: "ring" (exact, window, stick-breaking), "ulysses" (every mechanism),
+            "state_passing" (Infini-attention) or "clusters" (HyperAttention).
         key_lengths: (B,), valid tokens of whole sequences.
 
     Raises:

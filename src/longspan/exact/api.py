@@ -12,12 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._select import choose_impl
 from .._triton.launch import capability
-from .._validation import Call, validate, validate_varlen
+from .._validation import Call, check_config, validate, validate_varlen
 from .._varlen import run_each_sequence
 from ..errors import ShapeError, UnsupportedError
 from ..types import AttentionOutput, Impl, ImplReport
 from .config import ExactConfig
 from .impl.reference import exact_reference
+from .impl.vendor import positive_scale
 from .ops import exact_fwd
 
 __all__ = [
@@ -101,8 +102,14 @@ def exact_attention(
         >>> exact_attention(q, q, q, is_causal=True).shape
         torch.Size([1, 2, 128, 64])
     """
+    check_config("exact_attention", config, ExactConfig)
     call = _validated("exact_attention", query, key, value, attn_mask, is_causal, scale,
                       enable_gqa, query_offset, key_lengths)  # fmt: skip
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ShapeError(
+            f"exact_attention: dropout_p is {dropout_p}; it must be a probability, 0.0 to 1.0. "
+            "Pass 0.0 to drop nothing."
+        )
     chosen = choose_impl("exact_attention", impl, implementations(call, config, attn_mask))
     if chosen is Impl.EAGER and _is_torch_call(call, config):
         return _torch_call(call, attn_mask, dropout_p, config)
@@ -154,6 +161,7 @@ def exact_attention_with_lse(
         >>> exact_attention_with_lse(q, q, q, is_causal=True).lse.shape
         torch.Size([1, 2, 128])
     """
+    check_config("exact_attention_with_lse", config, ExactConfig)
     call = _validated("exact_attention_with_lse", query, key, value, attn_mask, is_causal, scale,
                       enable_gqa, query_offset, key_lengths)  # fmt: skip
     if dropout_p != 0.0:
@@ -210,6 +218,7 @@ def exact_attention_varlen(
         torch.Size([10, 2, 16])
     """
     name = "exact_attention_varlen"
+    check_config(name, config, ExactConfig)
     call = validate_varlen(name, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                            max_seqlen_k, is_causal=is_causal, scale=scale,
                            enable_gqa=enable_gqa)  # fmt: skip
@@ -306,15 +315,16 @@ def _torch_call(
         chosen = sdpa_kernel(_SDPA[config.backend])
     elif call.query.is_cuda and capability(call.query.device.index or 0) >= (9, 0):
         chosen = sdpa_kernel(_HOPPER_ORDER, set_priority=True)
+    sign, scale = positive_scale(call.scale)
     with chosen:
         output = F.scaled_dot_product_attention(
-            call.query,
+            call.query if sign == 1 else sign * call.query,
             call.key,
             call.value,
             attn_mask,
             dropout_p,
             call.is_causal,
-            scale=call.scale,
+            scale=scale,
             enable_gqa=call.query.shape[1] != call.key.shape[1],
         )
     if output.is_cuda and output.requires_grad:
@@ -409,6 +419,8 @@ def _flash_varlen(
 ) -> Tensor:  # fmt: skip
     value_dim = value.shape[-1]
     dim = -(-max(query.shape[-1], value_dim) // 8) * 8
+    sign, scale = positive_scale(scale)
+    query = query if sign == 1 else sign * query
     query, key, value = (F.pad(t, (0, dim - t.shape[-1])) for t in (query, key, value))
     output = torch.ops.aten._flash_attention_forward(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0,

@@ -57,8 +57,8 @@ def context_parallel(
         config: settings of a mechanism, or a string, for the selected layers.
         layers: as in `patch`; the others run exact attention, or their own sliding window.
         group, layout: who shares the sequences, and how.
-        scheme: "ring", "ulysses" or "state_passing", for the selected layers; the others take the
-            ring.
+        scheme: "ring", "ulysses" or "clusters" (HyperAttention), for the selected layers; the
+            others take the ring.
         key_lengths: (B,), int32: valid tokens of whole sequences, padding on the right.
         **settings: keyword arguments of every call of the mechanism, e.g. `seed=0`.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._random import seed_of_heads
 from .._select import choose_impl
-from .._validation import Call, validate, validate_varlen
+from .._validation import Call, check_config, validate, validate_varlen
 from .._varlen import run_each_sequence
 from ..errors import ShapeError
 from ..types import AttentionOutput, Impl, ImplReport
@@ -122,6 +122,7 @@ def hyper_attention(
         [1] Han et al., HyperAttention: Long-context Attention in Near-Linear Time, ICLR 2024,
             arXiv:2310.05869v3.
     """
+    check_config("hyper_attention", config, HyperConfig)
     call = validate("hyper_attention", query, key, value, attn_mask=attn_mask,
                     dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
                     query_offset=query_offset, key_lengths=key_lengths)  # fmt: skip
@@ -170,6 +171,7 @@ def hyper_attention_with_lse(
         True
     """
     name = "hyper_attention_with_lse"
+    check_config(name, config, HyperConfig)
     call = validate(name, query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
                     is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
                     query_offset=query_offset, key_lengths=key_lengths)  # fmt: skip
@@ -222,6 +224,7 @@ def hyper_attention_varlen(
         torch.Size([10, 2, 16])
     """
     name = "hyper_attention_varlen"
+    check_config(name, config, HyperConfig)
     call = validate_varlen(name, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                            max_seqlen_k, is_causal=is_causal, scale=scale,
                            enable_gqa=enable_gqa)  # fmt: skip

@@ -47,7 +47,9 @@ class HyperConfig:
     num_probes: clusters that each query opens, i.e. visits key by key: those with the largest
         scale * q . mean_key + log(count) (+ probe_spread times the standard deviation).
     probe_spread: adds that many standard deviations of a cluster's scores, by the diagonal of its
-        covariance, to what clusters are chosen by: finds clusters with one excellent key.
+        covariance, to what clusters are chosen by: finds clusters with one excellent key. 2
+        measures best; 0 is the default because that diagonal turns with rotary positions, so that
+        the same text chooses otherwise when all its positions are shifted.
     num_globals: keys of each chunk that every later query visits: the ones farthest from the mean
         of their cluster.
 

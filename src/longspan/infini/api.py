@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._select import choose_impl
 from .._triton.launch import triton_refusal
-from .._validation import Call, validate, validate_varlen
+from .._validation import Call, check_config, validate, validate_varlen
 from .._varlen import sequence_bounds
 from ..errors import ConfigError, ShapeError, nearest_name
 from ..types import Impl, ImplReport
@@ -131,6 +131,7 @@ def infini_attention(
     References:
         [1] Munkhdalai et al., Leave No Context Behind, 2024, arXiv:2404.07143.
     """
+    check_config(_NAME, config, InfiniConfig)
     call = validate(
         _NAME,
         query,
@@ -282,6 +283,7 @@ def infini_attention_varlen(
         torch.Size([10, 2, 16])
     """
     name = "infini_attention_varlen"
+    check_config(name, config, InfiniConfig)
     call = validate_varlen(name, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                            max_seqlen_k, is_causal=is_causal, scale=scale,
                            enable_gqa=enable_gqa)  # fmt: skip
@@ -384,7 +386,8 @@ def visited_fraction(
 
 
 def _run(call: InfiniCall, chosen: Impl) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(call.query.device.type, enabled=False):
+    kind = "cpu" if call.query.is_meta else call.query.device.type  # meta has no autocast
+    with torch.autocast(kind, enabled=False):
         if chosen is Impl.REFERENCE:
             return infini_reference(call)
         if chosen is Impl.TRITON:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._select import choose_impl
 from .._triton.launch import triton_refusal
-from .._validation import Call, VarlenCall, validate, validate_varlen
+from .._validation import Call, VarlenCall, check_config, validate, validate_varlen
 from ..errors import ShapeError
 from ..types import Impl, ImplReport
 from .call import NO_GATE_GRADIENT, NOT_CAUSAL, check_call, needs_grad, run_call
@@ -164,6 +164,7 @@ def stick_breaking_attention_with_remainder(
         >>> part.log_rest[0, 0, 0].item()  # the first query sees no key
         0.0
     """
+    check_config(_NAME, config, StickBreakingConfig)
     call = validate(
         _NAME,
         query,
@@ -239,6 +240,7 @@ def stick_breaking_attention_varlen(
         i + N_k - N_q of that sequence.
     """
     name = f"{_NAME}_varlen"
+    check_config(name, config, StickBreakingConfig)
     call = validate_varlen(
         name,
         query,

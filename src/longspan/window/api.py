@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._select import choose_impl
 from .._triton.launch import triton_refusal
-from .._validation import Call, VarlenCall, validate, validate_varlen
+from .._validation import Call, VarlenCall, check_config, validate, validate_varlen
 from .._varlen import run_each_sequence
 from ..errors import ConfigError, ShapeError
 from ..types import AttentionOutput, Impl, ImplReport
@@ -103,6 +103,7 @@ def window_attention(
         [1] Xiao et al., Efficient Streaming Language Models with Attention Sinks, ICLR 2024,
             arXiv:2309.17453.
     """
+    check_config("window_attention", config, WindowConfig)
     call = validate("window_attention", query, key, value, attn_mask=attn_mask,
                     dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
                     query_offset=query_offset, key_lengths=key_lengths)  # fmt: skip
@@ -146,6 +147,7 @@ def window_attention_with_lse(
         torch.Size([1, 2, 128])
     """
     name = "window_attention_with_lse"
+    check_config(name, config, WindowConfig)
     call = validate(name, query, key, value, attn_mask=attn_mask, dropout_p=dropout_p,
                     is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
                     query_offset=query_offset, key_lengths=key_lengths)  # fmt: skip
@@ -199,6 +201,7 @@ def window_attention_varlen(
         torch.Size([10, 2, 16])
     """
     name = "window_attention_varlen"
+    check_config(name, config, WindowConfig)
     call = validate_varlen(name, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                            max_seqlen_k, is_causal=is_causal, scale=scale,
                            enable_gqa=enable_gqa)  # fmt: skip
@@ -260,6 +263,7 @@ def window_attention_chunk(
         (10, 4)
     """
     name = "window_attention_chunk"
+    check_config(name, config, WindowConfig)
     call = validate(name, query, key, value, is_causal=True, scale=scale,
                     enable_gqa=enable_gqa)  # fmt: skip
     if call.query.shape[2] != call.key.shape[2]:

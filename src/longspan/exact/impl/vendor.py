@@ -28,10 +28,22 @@ class Vendor(NamedTuple):
     multiple: int  # head dims are padded with zeros to a multiple of this
 
 
+def positive_scale(scale: float) -> tuple[int, float]:
+    """1, -1 or 0 for the query, and the scale that is left: torch's kernels need one above 0.
+
+    Their causal mask is -inf before the scale multiplies it: 0 makes NaN of it, and less inf.
+    """
+    if scale > 0:
+        return 1, scale
+    return (-1, -scale) if scale < 0 else (0, 1.0)
+
+
 def run_forward(
     vendor: Vendor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N_q, D_v) and natural-log lse (B, H, N_q)."""
+    sign, scale = positive_scale(scale)
+    q = q if sign == 1 else sign * q
     dim = _common_dim(vendor, max(q.shape[-1], v.shape[-1]))
     output, lse = vendor.forward(_pad(q, dim), _pad(k, dim), _pad(v, dim), is_causal, scale)
     return output[..., : v.shape[-1]], lse
@@ -50,6 +62,8 @@ def run_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. `output` and `lse` may be those of a larger set of keys than k and v."""
+    sign, scale = positive_scale(scale)
+    q = q if sign == 1 else sign * q
     if grad_lse is not None:
         columns = _split(grad_lse, q.dtype)
         grad_output = torch.cat([grad_output, columns], -1)
@@ -69,6 +83,7 @@ def run_backward(
         is_causal,
         scale,
     )
+    dq = dq if sign == 1 else sign * dq
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
 
 

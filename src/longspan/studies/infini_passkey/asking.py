@@ -79,12 +79,14 @@ def ask(
             hidden, state_bytes = _stream(model, ids, chunk)
         else:
             group = max(1, chunk_tokens // length)
-            hidden = torch.cat([model.hidden(some)[:, -DIGITS:] for some in ids.split(group)])
+            hidden = torch.cat(
+                [model.hidden(some)[:, -DIGITS:] for some in torch.split(ids, group)]
+            )
         guesses = F.linear(hidden, model.head.weight).argmax(-1)
     right = (guesses == keys).cpu()
     seconds = time.monotonic() - begin
     cells = {}
-    for name, own in zip(DEPTHS, right.split(trials), strict=True):
+    for name, own in zip(DEPTHS, torch.split(right, trials), strict=True):
         found = int(own.all(1).sum())
         low, high = wilson_interval(found, trials)
         cells[name] = {
@@ -105,7 +107,7 @@ def _stream(model: Transformer, ids: Tensor, chunk: int) -> tuple[Tensor, int]:
     """Hidden vectors of the last DIGITS tokens (B, DIGITS, width), bytes of one row's state."""
     state: TransformerState | None = None
     tail: list[Tensor] = []
-    for part in ids.split(chunk, 1):
+    for part in torch.split(ids, chunk, 1):
         hidden, state = hidden_after(model, part, state)
         tail = [*tail, hidden[:, -DIGITS:].clone()][-DIGITS:]
     assert state is not None

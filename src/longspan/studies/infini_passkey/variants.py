@@ -63,7 +63,8 @@ def build_model(
     attention: Any = ExactConfig()
     if variant.update is not None:
         attention = InfiniConfig(segment_length=segment, update=variant.update)
-    config = TransformerConfig(vocab_size=vocab_size, attention=attention, **sizes)
+    shape: dict[str, Any] = {**sizes}
+    config = TransformerConfig(vocab_size=vocab_size, attention=attention, **shape)
     model = Transformer(config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -2,8 +2,9 @@
 
 A block of `rows` queries sees at most rows + window - 1 consecutive keys (twice the window when
 not causal) and the sinks; one matrix product covers them all, and a mask hides the corners. The
-backward computes the weights again. The block size depends on the settings alone, so that a
-result does not depend on the length or on batch neighbours.
+backward computes the weights again. On the CPU the forward runs in torch's own kernel where it
+can (cpu.py). The block size depends on the settings alone, so that a result does not depend on
+the length or on batch neighbours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..._validation import Call
 from ..config import WindowConfig
+from .cpu import kernel_blocks, kernel_forward
 
 __all__ = ["eager_backward", "eager_forward"]
 
@@ -45,7 +47,10 @@ def eager_forward(call: Call, config: WindowConfig) -> tuple[Tensor, Tensor]:
     batch, heads, n_q, _ = call.query.shape
     output = call.query.new_zeros((batch, heads, n_q, call.value.shape[-1]))
     lse = call.query.new_full((batch, heads, n_q), float("-inf"), dtype=_wide(call))
-    for block in _blocks(call, config):
+    done = kernel_blocks(call, config, _height(config))
+    if done:
+        kernel_forward(call, config, done, output, lse)
+    for block in _blocks(call, config, done):
         columns = _columns(call, block)
         scores = _scores(call, block, columns)  # (B, H_kv, G * rows, columns)
         top = scores.amax(-1, keepdim=True)
@@ -112,15 +117,22 @@ def _group(tensor: Tensor, kv_heads: int) -> Tensor:
     return tensor.reshape(batch, kv_heads, heads // kv_heads * rows, width)
 
 
-def _blocks(call: Call, config: WindowConfig) -> Iterator[_Block]:
+def _height(config: WindowConfig) -> int:
+    return min(_MOST_ROWS, max(_LEAST_ROWS, config.window // 2))
+
+
+def _blocks(call: Call, config: WindowConfig, done: range = range(0)) -> Iterator[_Block]:
+    """The blocks that compute something, without those whose first row is in `done`."""
     batch, heads, n_q, _ = call.query.shape
     n_k, window = call.key.shape[2], config.window
     if call.query.numel() == 0 or call.key.numel() == 0 or call.value.numel() == 0:
         return
     device = call.query.device
-    height = min(_MOST_ROWS, max(_LEAST_ROWS, window // 2))
+    height = _height(config)
     made = None  # blocks away from both ends share one mask
     for start in range(0, n_q, height):
+        if start in done:
+            continue
         rows = slice(start, min(start + height, n_q))
         first, last = rows.start + call.query_offset, rows.stop - 1 + call.query_offset
         begin = min(max(first - window + 1, 0), n_k)

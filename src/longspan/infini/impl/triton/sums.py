@@ -140,7 +140,8 @@ def _infini_sums_bwd_kernel(
         else:
             v_high, v_low = v, v
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        dv = dot_halves(f_high, f_low, m_high, m_low, dv, HALF, False, False)
+        # float16 is finer than bfloat16 and keeps both halves
+        dv = dot_halves(f_high, f_low, m_high, m_low, dv, HALF, LOW_V, LOW_V)
         if MORE_V:
             dv += load_rows(more_v_ptr, stride_mvn, rows, exists, cols_v, VALUE_DIM,
                             UPCAST).to(tl.float32)  # fmt: skip

@@ -28,6 +28,7 @@ from .tiles import (
     LOG2E,
     below,
     block_dim,
+    copies_pay,
     copies_tiles,
     copy_tile,
     cut,
@@ -465,7 +466,9 @@ def triton_backward(
 
     is_uniform = not packed and call.key_lengths is None  # as in the forward
     is_tma = is_uniform and copies_tiles(k, v)
-    sizes = query_kernel or pick([query_config(dim, value_dim, q.dtype, shared, is_tma)])
+    sizes = query_kernel or pick(
+        [query_config(dim, value_dim, q.dtype, shared, is_tma and copies_pay(q))]
+    )
     is_tma = is_tma and sizes.is_tma
     _window_query_bwd_kernel[grid_of(tiles_of(rows, sizes.block_m), entries, heads)](
         *inputs, dq, *descriptors(is_tma, k, v, sizes.block_n), *placing,
@@ -488,7 +491,9 @@ def triton_backward(
         )  # fmt: skip
 
     is_tma = is_uniform and copies_tiles(q, do)
-    sizes = key_kernel or pick([key_config(dim, value_dim, q.dtype, shared, is_tma)])
+    sizes = key_kernel or pick(
+        [key_config(dim, value_dim, q.dtype, shared, is_tma and copies_pay(q))]
+    )
     is_tma = is_tma and sizes.is_tma
     _window_key_bwd_kernel[grid_of(tiles_of(keys, sizes.block_n), entries, kv_heads)](
         *inputs, *parts, dk, dv, *descriptors(is_tma, q, do, sizes.block_m), *placing, *strides, *dk.stride()[:3], *dv.stride()[:3],

@@ -25,6 +25,7 @@ from .tiles import (
     LOG2E,
     below,
     block_dim,
+    copies_pay,
     copies_tiles,
     copy_tile,
     cut,
@@ -207,7 +208,9 @@ def triton_forward(
     is_uniform = cu_seqlens_q is None and call.key_lengths is None
     is_tma = is_uniform and copies_tiles(key, value)
     shared = shared_class(query.device)
-    sizes = kernel or pick([forward_config(dim, value_dim, query.dtype, shared, is_tma)])
+    sizes = kernel or pick(
+        [forward_config(dim, value_dim, query.dtype, shared, is_tma and copies_pay(query))]
+    )
     is_tma = is_tma and sizes.is_tma
     grid = grid_of(tiles_of(rows, sizes.block_m), entries, heads)
     _window_fwd_kernel[grid](

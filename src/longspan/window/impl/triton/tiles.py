@@ -24,6 +24,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 _MOST_PROGRAMS = 2**31 - 1
 _MOST_TILE_ROWS = 256
+_LEAST_COPIED_ROWS = 2**18  # queries of all heads: 8,192 of 32 heads
 _ALIGNMENT = 16  # what Triton looks for in strides (elements) and pointers (bytes)
 
 
@@ -193,6 +194,11 @@ def copies_tiles(*tensors: Tensor) -> bool:
     if not interpreting() and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return False
     return all(min(t.stride()) > 0 and t.element_size() == 2 for t in tensors)
+
+
+def copies_pay(query: Tensor) -> bool:
+    """Whether there is enough to do: descriptors cost the host about 70 us a call."""
+    return interpreting() or query.shape[:3].numel() > _LEAST_COPIED_ROWS
 
 
 def descriptors(is_tma: bool, a: Tensor, b: Tensor, rows: int) -> tuple[Any, Any]:
