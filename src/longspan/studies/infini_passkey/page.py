@@ -114,8 +114,8 @@ def build_report(rows: Sequence[Row]) -> Report:
             "it for 400 steps on the task; here models of about a million parameters see the task "
             "from random weights, with natural text for "
             f"{percent_text(sizes['book_share'])} of their prompts.",
-            f"Segments of {count_text(sizes['stages'][-1]['segment'])} tokens, not 2,048: a prompt "
-            "of a million tokens is compressed into the memory more often than in the paper.",
+            f"Segments of {count_text(sizes['stages'][-1]['segment'])} tokens, not 2,048: prompts "
+            "of a length are compressed into the memory more often than in the paper.",
             "The segment grows with the sequence during training, so that early steps see many "
             "keys; no weight depends on it.",
             "Five digits, each a token, right by chance one time in ten. Found: all five are the "
@@ -303,7 +303,9 @@ def _found_section(rows: Sequence[Row], sizes: Row, haystack: str) -> Section:
     return Section(
         heading=f"Passkeys found in {_NAMES[haystack]}",
         caption="Per cent of prompts, needle at start/middle/end; behind them the 95 % interval of "
-        f"start and middle together. Prompts per depth and seed: {counts}. {where}",
+        f"start and middle together. Prompts per depth and seed: {counts}. {where} Verdicts on "
+        "length go by start and middle: reproduced with nine of ten at the longest, partly with "
+        "half of them at any length beyond that of training.",
         svg=svg,
         legend=[(one.label, one.colour) for one in series],
         table=Table(head=["model", *(count_text(n) for n in lengths)], lines=lines),
