@@ -50,10 +50,11 @@ def ask(
 
     Returns:
         {"cells": {depth: {"trials", "found", "low", "high", "digits_right", "digits"}}, "seconds",
-        "tokens_per_second", "state_bytes", "peak_bytes"}: found is the number of prompts whose
+        "tokens_per_second", "state_bytes", "peak_bytes", "end_is_local"}. found: prompts whose
         five digits are each the model's first choice given the ones before, which is what greedy
-        generation gives; low and high are its 95 % Wilson interval; state_bytes is the state of
-        one row at the end (None for full attention); peak_bytes is None without a GPU.
+        generation gives; low and high: its 95 % Wilson interval. state_bytes: the state of one row
+        at the end (None for full attention). peak_bytes: None without a GPU. end_is_local: whether
+        a needle at the end lies in the last segment with the question.
 
     Semantics:
         Full attention, which has no bounded state, reads prompts whole and one by one.
@@ -97,6 +98,7 @@ def ask(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(ids.numel() / seconds, 1),
         "state_bytes": state_bytes,
+        "end_is_local": words.needle_length + words.tail_length <= (length - 1) % segment + 1,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
 
