@@ -112,8 +112,10 @@ def test_zero_queries_count_keys(length, is_causal):
     seen = torch.arange(1, length + 1, device="cuda") if is_causal else torch.tensor(length)
     want = seen.to("cuda").float().log().expand(1, 2, length)
     torch.testing.assert_close(part.lse, want, rtol=0, atol=2e-5)
-    paper = hyper_attention_with_lse(q, k, k, is_causal=is_causal, enable_gqa=True, impl="triton",
-                                     config=replace(HyperConfig.paper(), num_samples=1024))  # fmt: skip
+    config = replace(HyperConfig.paper(), num_samples=1024)
+    paper = hyper_attention_with_lse(
+        q, k, k, is_causal=is_causal, enable_gqa=True, impl="triton", config=config
+    )
     assert (paper.lse - want).abs().max() < 0.5
 
 

@@ -72,9 +72,7 @@ def shared_class(device: torch.device) -> str:
     return "large" if limit > _LARGE else "small"
 
 
-def config_of(
-    kind: str, dim: int, value_dim: int, dtype: torch.dtype, shared: str
-) -> KernelConfig:
+def config_of(kind: str, dim: int, value_dim: int, dtype: torch.dtype, shared: str) -> KernelConfig:
     """Configuration of the kernel `kind`, one of KINDS."""
     widest = max(dim, value_dim)
     width = 64 if widest <= 64 else 128 if widest <= 128 else 256

@@ -123,7 +123,9 @@ def _hyper_scan_kernel(
     total = tl.zeros([BUCKETS], tl.int32)
     for start in range(0, count, BLOCK_S):
         at = (start + offs_s)[:, None] * BUCKETS + buckets[None, :]
-        total += tl.sum(tl.load(counts_ptr + at, mask=(start + offs_s < count)[:, None], other=0), 0)
+        total += tl.sum(
+            tl.load(counts_ptr + at, mask=(start + offs_s < count)[:, None], other=0), 0
+        )
     run = tl.cumsum(total, 0) - total + base
     for start in range(0, count, BLOCK_S):
         at = (start + offs_s)[:, None] * BUCKETS + buckets[None, :]

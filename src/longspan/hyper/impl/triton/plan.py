@@ -8,6 +8,7 @@ natural slot r - q_start + base; partial results live there. Tables are made onc
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -174,7 +175,7 @@ def segments(plan: Plan, size: int, of_keys: bool, device: torch.device) -> Segm
     edges = sorted({edge for span in spans for edge in span[:2]})
     bounds = [
         (start, min(start + size, high))
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in itertools.pairwise(edges)
         if any(span[0] <= low and high <= span[1] for span in spans)
         for start in range(low, high, size)
     ]
