@@ -29,7 +29,6 @@ from longspan.bench.environment import environment
 from longspan.bench.measure import append_rows, make_row, peak_bytes, time_call
 from longspan.hyper.impl.recursion import geometry_of, recursion_backward, recursion_forward
 from longspan.hyper.impl.triton.backward import triton_backward
-from longspan.hyper.impl.triton.configs import KINDS
 from longspan.hyper.impl.triton.forward import triton_forward
 from longspan.hyper.impl.triton.index import triton_index
 from longspan.hyper.index.lsh import draw_projections
@@ -65,34 +64,34 @@ CASES = [
 
 # kernel -> head dim -> candidates; what runs is pinned in longspan/hyper/impl/triton/configs.py.
 TUNE: dict[str, dict[int, list[tuple[Any, ...]]]] = {
+    "hash": {
+        64: [(64, 512, 4, 2), (128, 512, 4, 2), (64, 512, 8, 2), (128, 512, 8, 2), (32, 512, 4, 3),
+             (32, 256, 4, 2), (64, 256, 4, 2)],
+        128: [(64, 512, 4, 2), (128, 512, 8, 2), (64, 512, 8, 2), (32, 512, 4, 3),
+              (64, 256, 4, 2)],
+    },
     "node": {
-        64: [(128, 64, 4, 2), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3),
-             (64, 128, 4, 2), (128, 32, 4, 4)],
-        128: [(128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
+        64: [(128, 64, 4, 2), (128, 64, 4, 4), (256, 64, 8, 3), (64, 64, 4, 3), (64, 128, 4, 3),
+             (128, 32, 4, 4), (64, 32, 4, 4)],
+        128: [(128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 4, 3)],
     },
     "leaf": {
-        64: [(128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 4)],
-        128: [(128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+        64: [(128, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 2)],
+        128: [(128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
     },
     "node_query": {
-        64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)],
-        128: [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
+        64: [(64, 32, 4, 2), (64, 32, 4, 4), (64, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 4)],
+        128: [(64, 32, 4, 3), (64, 16, 4, 3), (32, 64, 4, 2)],
     },
-    "leaf_query": {
-        64: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3), (64, 128, 4, 2)],
-        128: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 3), (128, 32, 8, 3)],
-    },
+    "leaf_query": {64: [(64, 128, 4, 2), (64, 32, 4, 3)], 128: [(128, 64, 8, 2)]},
     "node_key": {
-        64: [(64, 64, 4, 3), (64, 128, 8, 2), (32, 64, 4, 3), (32, 128, 8, 2)],
-        128: [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 128, 8, 3)],
+        64: [(32, 64, 4, 4), (32, 64, 4, 2), (16, 64, 4, 4), (64, 64, 4, 3)],
+        128: [(32, 128, 8, 4), (16, 128, 8, 4), (32, 64, 4, 3)],
     },
-    "leaf_key": {
-        64: [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3), (64, 128, 8, 3)],
-        128: [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3)],
-    },
+    "leaf_key": {64: [(64, 64, 4, 4), (32, 64, 4, 4)], 128: [(64, 128, 8, 2)]},
     "sample_key": {
-        64: [(64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)],
-        128: [(64, 64, 4, 2), (64, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 3)],
+        64: [(32, 64, 4, 3), (32, 64, 4, 4), (64, 128, 8, 2), (64, 64, 4, 4)],
+        128: [(32, 128, 8, 3), (32, 64, 4, 3), (16, 128, 8, 4)],
     },
 }  # fmt: skip
 
@@ -228,6 +227,7 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any]) -> li
         floor = 1e3 * max(products * 2 * case.dim * scores / ceilings["flops"],
                           times * moved / ceilings["bytes"])  # fmt: skip
         time_one("hyper", "triton", stage, fn, floor, False)
+    time_one("hyper", "triton, CUDA graph", "forward", captured(run), None, False)
     output, lse = triton_forward(call, CONFIG, index)
     time_one("hyper", "triton, index only", "forward", lambda: make_index(case, q, k, v), None,
              False)  # fmt: skip
@@ -242,6 +242,23 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any]) -> li
         if row["mechanism"] == "hyper" and row["impl"] == "triton" and rivals:
             row["speedup_over_cudnn"] = rivals[0] / row["ms_p50"]
     return rows
+
+
+@torch.no_grad()
+def captured(run: Callable[[], Tensor]) -> Callable[[], None]:
+    """The call as a CUDA graph: what the device needs without the host's launches."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        want = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    if not torch.equal(output, want):
+        raise SystemExit("the captured graph gives another output")
+    return graph.replay
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -262,7 +279,7 @@ Trial = tuple[int, str, tuple[Any, ...]]  # head dim, kernel, fields of KernelCo
 def tune(length: int) -> None:
     """Check and time the candidates of each kernel; the others run by default."""
     trials: list[Trial] = [
-        (dim, kind, sizes) for kind in KINDS for dim in TUNE[kind] for sizes in TUNE[kind][dim]
+        (dim, kind, sizes) for kind in TUNE for dim in TUNE[kind] for sizes in TUNE[kind][dim]
     ]
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
         list(pool.map(warm, trials))  # compiles in parallel, into Triton's cache on disk
@@ -293,7 +310,11 @@ def run_trial(trial: Trial, call: Call, index: SortedIndex, up: Tensor, timed: b
     chosen = KernelConfig(*sizes)
     default: Callable[[], tuple[Tensor, ...]]
     run: Callable[[], tuple[Tensor, ...]]
-    if kind in ("node", "leaf"):
+    if kind == "hash":
+        planes = draw_projections(SEED, HEADS, trial[0], CONFIG.num_projections, DEVICE)
+        default = functools.partial(triton_index, call, CONFIG, planes, SEED)
+        run = functools.partial(default, hash_kernel=chosen)
+    elif kind in ("node", "leaf"):
         default = functools.partial(triton_forward, call, CONFIG, index)
         run = functools.partial(default, **{f"{kind}_kernel": chosen})
     else:
@@ -307,7 +328,8 @@ def run_trial(trial: Trial, call: Call, index: SortedIndex, up: Tensor, timed: b
     if not timed:
         return ""
     want = default()
-    apart = max(float(torch.dist(a, b) / b.norm()) for a, b in zip(got, want, strict=True))
+    apart = max(float(torch.dist(a.float(), b.float()) / b.float().norm())
+                for a, b in zip(got, want, strict=True))  # fmt: skip
     if not apart <= 5e-3:  # NaN included
         return f"WRONG: {apart:.1e} from the default"
     del got, want

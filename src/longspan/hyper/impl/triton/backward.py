@@ -25,15 +25,15 @@ from ...._validation import Call
 from ...config import HyperConfig
 from ...plan import SortedIndex
 from .configs import DELTA_ROWS, SAMPLE_RUN, SUM_ROWS, config_of, shared_class
-from .plan import key_tiles, leaf_tiles, make_plan, query_runs, query_tiles
+from .plan import is_full, key_tiles, leaf_tiles, make_plan, query_runs, query_tiles
 from .tiles import (
     LOG2E,
     block_dim,
-    column_tile,
     gather_rows,
     grid_of,
     kernel_input,
     load_rows,
+    sample_columns,
     scatter_rows,
     upcasts,
 )
@@ -68,6 +68,25 @@ def _hyper_delta_bwd_kernel(
     tl.store(delta_ptr + rows, delta, mask=mask)
 
 
+@triton.jit
+def _node_query_step(
+    dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, keys, exists, bias, offs_d, offs_dv,
+    scale,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BIASED: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq += ds k over the rows `keys`; where BIASED, `bias` may be -inf."""
+    k = gather_rows(k_ptr, stride_kn, keys, exists, offs_d, DIM, BLOCK_D, UPCAST, MASKED)
+    v = gather_rows(v_ptr, stride_vn, keys, exists, offs_dv, VALUE_DIM, BLOCK_DV, UPCAST, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None]
+    if BIASED:
+        s += bias[None, :]
+    w = tl.math.exp2(s)
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    ds = w * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["tiles", "q_rows", "k_rows", "sampled"])
 def _hyper_node_query_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
@@ -78,9 +97,12 @@ def _hyper_node_query_bwd_kernel(
     scale, heads, n_q, tiles, q_rows, k_rows, sampled,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FULL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M sorted queries over their block of keys and their node's samples."""
+    """dq of BLOCK_M sorted queries over their block of keys and their node's samples.
+
+    FULL: every block of keys is a multiple of BLOCK_N long.
+    """
     entry = tl.program_id(0) % tiles
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // heads, bh % heads
@@ -115,18 +137,21 @@ def _hyper_node_query_bwd_kernel(
     delta = tl.load(delta_ptr + bh * n_q + rows, mask=is_query, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    block_tiles = tl.cdiv(k_end - k_begin, BLOCK_N)
-    for t in range(0, block_tiles + (SAMPLES + BLOCK_N - 1) // BLOCK_N):
-        keys, exists, bias = column_tile(
-            k_order_ptr, samples_ptr, bias_ptr, owner_ptr, t, block_tiles, k_begin, k_end,
-            node * SAMPLES, block, offs_n, SAMPLES, BLOCK_N)  # fmt: skip
-        k = gather_rows(k_ptr, stride_kn, keys, exists, offs_d, DIM, BLOCK_D, UPCAST)
-        v = gather_rows(v_ptr, stride_vn, keys, exists, offs_dv, VALUE_DIM, BLOCK_DV, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        w = tl.math.exp2(s * (scale * LOG2E) + bias[None, :] - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = w * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    for start in range(k_begin, k_end, BLOCK_N):
+        exists = start + offs_n < k_end
+        keys = tl.load(k_order_ptr + start + offs_n, mask=exists, other=0)
+        bias = tl.where(exists, 0.0, float("-inf"))
+        dq = _node_query_step(
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, keys, exists, bias, offs_d,
+            offs_dv, scale * LOG2E, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, not FULL, not FULL,
+            UPCAST)  # fmt: skip
+    for start in range(0, SAMPLES, BLOCK_N):
+        keys, exists, bias = sample_columns(samples_ptr, bias_ptr, owner_ptr, node * SAMPLES, start,
+                                         block, offs_n, SAMPLES)  # fmt: skip
+        dq = _node_query_step(
+            dq, q, do, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, keys, exists, bias, offs_d,
+            offs_dv, scale * LOG2E, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, True,
+            SAMPLES % BLOCK_N != 0, UPCAST)  # fmt: skip
     scatter_rows(dq_ptr, stride_dqn, rows + shift, is_query, offs_d, dq * scale, DIM)
 
 
@@ -579,7 +604,8 @@ class _Run:
             _hyper_node_query_bwd_kernel[grid_of(len(tiles), self.batch, self.heads)](
                 *self.inputs, *self.rows, part, *index, tiles, *self.strides, *part.stride()[:3],
                 self.call.scale, self.heads, self.n_q, len(tiles), q_rows, k_rows,
-                len(plan.nodes) * samples, SAMPLES=samples, **tiling, **self.common,
+                len(plan.nodes) * samples, SAMPLES=samples, FULL=is_full(plan, sizes.block_n), **tiling,
+                **self.common,
             )  # fmt: skip
         if plan.leaves:
             sizes, tiling = self.sizes("leaf_query")

@@ -26,21 +26,46 @@ from ...._validation import Call
 from ...config import HyperConfig
 from ...plan import SortedIndex
 from .configs import config_of, shared_class
-from .plan import leaf_tiles, make_plan, query_tiles
+from .plan import is_full, leaf_tiles, make_plan, query_tiles
 from .tiles import (
     LN2,
     LOG2E,
     block_dim,
-    column_tile,
     gather_rows,
     grid_of,
     kernel_input,
     load_rows,
+    sample_columns,
     scatter_rows,
     upcasts,
 )
 
 __all__ = ["triton_forward"]
+
+
+@triton.jit
+def _node_step(
+    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, keys, exists, bias, offs_d, offs_dv, scale,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BIASED: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over the rows `keys`; where BIASED, `bias` may be -inf."""
+    k = gather_rows(k_ptr, stride_kn, keys, exists, offs_d, DIM, BLOCK_D, UPCAST, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if BIASED:
+        s = s * scale + bias[None, :]
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
+        w = tl.math.exp2(s - m_safe[:, None])
+        shrink = tl.math.exp2(m_i - m_safe)
+    else:
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+        w = tl.math.exp2(s * scale - m_new[:, None])
+        shrink = tl.math.exp2(m_i - m_new)
+    l_i = l_i * shrink + tl.sum(w, 1)
+    v = gather_rows(v_ptr, stride_vn, keys, exists, offs_dv, VALUE_DIM, BLOCK_DV, UPCAST, MASKED)
+    acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, l_i, m_new
 
 
 @triton.jit(do_not_specialize=["tiles", "q_rows", "k_rows", "sampled"])
@@ -52,9 +77,12 @@ def _hyper_node_fwd_kernel(
     scale, heads, tiles, q_rows, k_rows, sampled,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FULL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse of BLOCK_M sorted queries over their block of keys and their node's samples."""
+    """Output and lse of BLOCK_M sorted queries over their block of keys and their node's samples.
+
+    FULL: every block of keys is a multiple of BLOCK_N long.
+    """
     entry = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
@@ -84,26 +112,27 @@ def _hyper_node_fwd_kernel(
     rows = tl.load(q_order_ptr + q_begin + offs_m, mask=is_query, other=0)
     # [BLOCK_M, BLOCK_D]
     q = gather_rows(q_ptr, stride_qn, rows, is_query, offs_d, DIM, BLOCK_D, UPCAST)
+    q = tl.where(scale < 0, -q, q)  # tiles without bias take the maximum before the scale
+    scale = tl.abs(scale) * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    scale *= LOG2E
 
-    block_tiles = tl.cdiv(k_end - k_begin, BLOCK_N)
-    for t in range(0, block_tiles + (SAMPLES + BLOCK_N - 1) // BLOCK_N):
-        keys, exists, bias = column_tile(
-            k_order_ptr, samples_ptr, bias_ptr, owner_ptr, t, block_tiles, k_begin, k_end,
-            node * SAMPLES, block, offs_n, SAMPLES, BLOCK_N)  # fmt: skip
-        k = gather_rows(k_ptr, stride_kn, keys, exists, offs_d, DIM, BLOCK_D, UPCAST)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
-        w = tl.math.exp2(s - m_safe[:, None])
-        shrink = tl.math.exp2(m_i - m_safe)
-        l_i = l_i * shrink + tl.sum(w, 1)
-        v = gather_rows(v_ptr, stride_vn, keys, exists, offs_dv, VALUE_DIM, BLOCK_DV, UPCAST)
-        acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        m_i = m_new
+    for start in range(k_begin, k_end, BLOCK_N):
+        exists = start + offs_n < k_end
+        keys = tl.load(k_order_ptr + start + offs_n, mask=exists, other=0)
+        bias = tl.where(exists, 0.0, float("-inf"))
+        acc, l_i, m_i = _node_step(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, keys, exists, bias, offs_d,
+            offs_dv, scale, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, not FULL, not FULL,
+            UPCAST)  # fmt: skip
+    for start in range(0, SAMPLES, BLOCK_N):
+        keys, exists, bias = sample_columns(samples_ptr, bias_ptr, owner_ptr, node * SAMPLES, start,
+                                         block, offs_n, SAMPLES)  # fmt: skip
+        acc, l_i, m_i = _node_step(
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_vn, keys, exists, bias, offs_d,
+            offs_dv, scale, DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, True, SAMPLES % BLOCK_N != 0,
+            UPCAST)  # fmt: skip
 
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
@@ -253,7 +282,7 @@ def triton_forward(
             query, key, value, part_o, part_lse, *index, tiles,
             *strides, *part_o.stride()[:3], *part_lse.stride()[:2],
             call.scale, heads, len(tiles), plan.query_bases[-1], plan.key_bases[-1],
-            len(plan.nodes) * samples, SAMPLES=samples,
+            len(plan.nodes) * samples, SAMPLES=samples, FULL=is_full(plan, sizes.block_n),
             BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
             num_warps=sizes.num_warps, num_stages=sizes.num_stages, **common,
         )  # fmt: skip

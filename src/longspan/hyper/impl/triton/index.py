@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton.launch import interpreting, pick
+from ...._triton.launch import KernelConfig, interpreting, pick
 from ...._validation import Call
 from ...config import HyperConfig
 from ...plan import SortedIndex
@@ -199,10 +199,14 @@ def _hyper_sample_kernel(
 
 
 def triton_index(
-    call: Call, config: HyperConfig, projections: Tensor | None, seed: int
+    call: Call,
+    config: HyperConfig,
+    projections: Tensor | None,
+    seed: int,
+    hash_kernel: KernelConfig | None = None,
 ) -> SortedIndex:
     """Sorted index of a call without key_lengths; k-means, importance sampling and more than
-    MOST_PROJECTIONS planes are left to plain torch."""
+    MOST_PROJECTIONS planes are left to plain torch. `hash_kernel` overrides rows and warps."""
     fast = config.index == "lsh" and config.num_projections <= MOST_PROJECTIONS
     if config.residual == "value_norm" or not fast or call.query.dtype is torch.float64:
         return recursion_index(call, config, projections, seed)
@@ -215,8 +219,8 @@ def triton_index(
     if config.center_keys:  # what x . g must exceed so that (x - mean) . g exceeds 0
         mean = key.float().mean(2)  # (B, H_kv, D)
         shift = torch.einsum("bhd,hdr->bhr", mean, planes).contiguous()
-    q_order = _sorted(query, plan, planes, None, config.num_projections, of_keys=False)
-    k_order = _sorted(key, plan, planes, shift, config.num_projections, of_keys=True)
+    q_order = _sorted(query, plan, planes, None, config.num_projections, hash_kernel, of_keys=False)
+    k_order = _sorted(key, plan, planes, shift, config.num_projections, hash_kernel, of_keys=True)
     batch, heads = key.shape[:2]
     nodes = len(plan.nodes)
     count = config.num_samples if config.residual in ("uniform", "stratified") else 0
@@ -235,11 +239,12 @@ def triton_index(
 
 
 def _sorted(
-    x: Tensor, plan: Plan, planes: Tensor, shift: Tensor | None, count: int, *, of_keys: bool
-) -> Tensor:
+    x: Tensor, plan: Plan, planes: Tensor, shift: Tensor | None, count: int,
+    hash_kernel: KernelConfig | None, *, of_keys: bool,
+) -> Tensor:  # fmt: skip
     """(B, H, rows) int32: rows of every node by bucket, then by position."""
     batch, heads, length, dim = x.shape
-    sizes = pick([hash_config(dim, x.dtype)])
+    sizes = hash_kernel or pick([hash_config(dim, x.dtype)])
     rows, size = sizes.block_m, 2 * sizes.block_n if interpreting() else sizes.block_n
     cut = segments(plan, size, of_keys, x.device)
     bases = plan.key_bases if of_keys else plan.query_bases

@@ -84,6 +84,13 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=64)
+def is_full(plan: Plan, columns: int) -> bool:
+    """True if every block of keys of every node has a multiple of `columns` keys."""
+    return not any((node.k_end - node.k_start) % columns or node.k_block % columns
+                   for node in plan.nodes)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
 def query_tiles(plan: Plan, rows: int, device: torch.device) -> Tensor:
     """(tiles, 7): node, sorted queries from/to, their keys from/to, row-to-slot shift, block."""
     table = []

@@ -41,14 +41,19 @@ def load_rows(
 @triton.jit
 def gather_rows(
     ptr, stride, rows, is_row, offs_d,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr = True,
 ):  # fmt: skip
-    """The rows `rows` (int32); zero where not `is_row`."""
+    """The rows `rows` (int32); zero where not `is_row`, unless all of them are rows (not MASKED)."""
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    mask = is_row[:, None]
-    if DIM != BLOCK_D:
-        mask = mask & (offs_d < DIM)[None, :]
-    tile = tl.load(ptrs, mask=mask, other=0.0)
+    if MASKED:
+        mask = is_row[:, None]
+        if DIM != BLOCK_D:
+            mask = mask & (offs_d < DIM)[None, :]
+        tile = tl.load(ptrs, mask=mask, other=0.0)
+    elif DIM == BLOCK_D:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
@@ -63,28 +68,20 @@ def scatter_rows(ptr, stride, rows, is_row, offs_d, tile, DIM: tl.constexpr):
 
 
 @triton.jit
-def column_tile(
-    order_ptr, samples_ptr, bias_ptr, owner_ptr, t, block_tiles, k_begin, k_end, sample_start,
-    block, offs_n, SAMPLES: tl.constexpr, BLOCK_N: tl.constexpr,
+def sample_columns(
+    samples_ptr, bias_ptr, owner_ptr, first, start, block, offs_n, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Tile number t of the columns that a block of queries meets.
+    """Sampled columns start + offs_n of a node, whose samples begin at `first`.
 
-    First the keys of its block (sorted keys k_begin .. k_end), then the sampled keys of its node
-    (sample_start .. sample_start + SAMPLES). Returns the keys' rows, which of them exist, and what
-    is added to their logits in base 2: 0 for a key of the block, the log of the weight for a
-    sample, -inf for a sample that the block already holds.
+    Returns the keys' rows, which of them exist, and what is added to their logits in base 2: the log
+    of the weight, -inf for a sample that does not exist or that the block already holds.
     """
-    in_block = (t < block_tiles) & (k_begin + t * BLOCK_N + offs_n < k_end)
-    rows = tl.load(order_ptr + k_begin + t * BLOCK_N + offs_n, mask=in_block, other=0)
-    if SAMPLES == 0:
-        return rows, in_block, tl.where(in_block, 0.0, float("-inf"))
-    i = (t - block_tiles) * BLOCK_N + offs_n
-    is_sample = (i >= 0) & (i < SAMPLES)
-    rows += tl.load(samples_ptr + sample_start + i, mask=is_sample, other=0)
-    bias = tl.load(bias_ptr + sample_start + i, mask=is_sample, other=0.0) * LOG2E
-    owner = tl.load(owner_ptr + sample_start + i, mask=is_sample, other=-1)
-    exists = in_block | is_sample
-    return rows, exists, tl.where(exists & (owner != block), bias, float("-inf"))
+    i = start + offs_n
+    exists = i < SAMPLES
+    rows = tl.load(samples_ptr + first + i, mask=exists, other=0)
+    bias = tl.load(bias_ptr + first + i, mask=exists, other=0.0) * LOG2E
+    owner = tl.load(owner_ptr + first + i, mask=exists, other=block)
+    return rows, exists, tl.where(owner != block, bias, float("-inf"))
 
 
 def kernel_input(tensor: Tensor) -> Tensor:
