@@ -1,16 +1,21 @@
 """Books with memory: the same batches, losses whole and by segment, resuming, verdicts, report."""
 
 import dataclasses
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
+import torch
 
 from longspan.errors import ConfigError
 from longspan.models import Transformer
+from longspan.studies.infini_books.card import model_card as books_card
 from longspan.studies.infini_books.page import build_report
 from longspan.studies.infini_books.run import FULL, LABELS, SMALL, attention_of, run_books
 from longspan.studies.report import render_html, render_markdown
 from longspan.studies.stick_breaking_length.data import open_data
+from longspan.train import load_trained
 
 SIZES = dataclasses.replace(
     SMALL, model={"width": 16, "layers": 1, "heads": 2}, length=512, segment=64, steps=12,
@@ -106,3 +111,22 @@ def test_verdicts_follow_the_losses(infini, outcome):
 def test_unknown_model(prepared, tmp_path):
     with pytest.raises(ConfigError, match="infini-delta"):
         run_books(open_data(prepared), tmp_path, sizes=SIZES, device="cpu", only=["infini-delt"])
+
+
+def test_model_is_shipped(finished, prepared, tmp_path):
+    folder, rows, _ = finished
+    path = Path(__file__).parents[2] / "tools" / "ship_study.py"
+    spec = importlib.util.spec_from_file_location("ship_books", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    home = tmp_path / "shipped"
+    tool.ship_books(
+        [folder], prepared / "tokenizer.json", rows_path=tmp_path / "r.jsonl", shipped=home
+    )
+    kept = next(r for r in rows if r["kind"] == "kept" and r["length"] == 512)
+    assert f"{kept['loss']:.4f}" in (home / "infini" / "README.md").read_text()
+    trained = load_trained(home / "infini")
+    ids = torch.tensor([trained.tokenizer.encode("the cat sat on the mat").ids])
+    assert trained.model(ids).shape[-1] == trained.model.config.vocab_size
+    with pytest.raises(ConfigError, match="kept model"):
+        books_card([row for row in rows if row["kind"] != "kept"])

@@ -27,7 +27,16 @@ from ...window.config import WindowConfig
 from ..clock import Clock, OutOfTime
 from ..stick_breaking_length.data import StudyData
 
-__all__ = ["FULL", "LABELS", "SMALL", "BooksOutcome", "BooksSizes", "attention_of", "run_books"]
+__all__ = [
+    "FULL",
+    "KEPT",
+    "LABELS",
+    "SMALL",
+    "BooksOutcome",
+    "BooksSizes",
+    "attention_of",
+    "run_books",
+]
 
 Row = Mapping[str, Any]
 
