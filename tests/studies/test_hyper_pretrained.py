@@ -193,3 +193,36 @@ def test_names():
 def test_unknown_part(loaded, texts, tmp_path):
     with pytest.raises(ConfigError, match="parts"):
         run(loaded, texts, tmp_path, parts=["perplexitty"])
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+def test_captured_keys_are_of_full_layers_before_and_after_rotation(arch):
+    """Rotation keeps the length of each pair, and does nothing at position 0."""
+    from longspan.eval.layers import count_full_layers
+    from longspan.studies.hyper_pretrained.measure import _capture
+    from longspan.testing.models import tiny_model
+
+    model, _ = tiny_model(arch, layers=4)
+    ids = torch.randint(0, 200, (1, 90), generator=torch.Generator().manual_seed(0))
+    calls = _capture(model, ids)
+    assert len(calls) == count_full_layers(model) == (2 if arch == "gemma3" else 4)
+    for query, key, value, plain in calls:
+        assert query.shape[1] == 2 * key.shape[1]
+        assert key.shape == plain.shape == value.shape
+        half = key.shape[-1] // 2
+        lengths = [t[..., :half].square() + t[..., half:].square() for t in (key, plain)]
+        torch.testing.assert_close(*lengths, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(key[:, :, 0], plain[:, :, 0])
+        assert not torch.allclose(key, plain, atol=0.1)
+
+
+def test_a_model_with_sliding_layers(texts, tmp_path):
+    """Gemma 3: its own windows stay, rows are of the other layers."""
+    from longspan.testing.models import tiny_model
+
+    model, tokenizer = tiny_model("gemma3", layers=4)
+    gemma = LoadedModel(model, tokenizer, "tiny", "folder", None, "1" * 64, 4096)
+    outcome = run(gemma, texts, tmp_path, parts=["layers", "mass"], settings=["default"])
+    assert outcome.is_finished
+    assert [r["layers"] for r in outcome.rows if r["kind"] == "layers"] == [0, 2]
+    assert [r["layer"] for r in outcome.rows if r["kind"] == "mass"] == [0, 1]
