@@ -131,7 +131,9 @@ class Bench:
         self.heads = self.model.config.num_attention_heads
         books = {path.stem: path for path in sorted(options.texts.glob("*.txt"))}
         heldout = next(path for name, path in books.items() if options.book in name)
-        self.books = {"train": options.train.read_text(), "heldout": heldout.read_text()}
+        self.books = {
+            "train": self.ids(options.train.read_text()), "heldout": self.ids(heldout.read_text()),
+        }  # fmt: skip
         self.notes: dict[str, Any] = {}
         self.first = [self.tokenizer.bos_token_id] if self.ids("a", True) != self.ids("a") else []
         if options.notes and options.notes.exists():
@@ -148,10 +150,11 @@ class Bench:
         if self.options.notes and not self.options.notes.exists():
             self.options.notes.write_text(json.dumps(self.notes))
         mine, shares = (int(part) for part in self.options.share.split("/"))
-        jobs = [
-            *([("table", *row) for row in self.table()] if "table" in parts else []),
-            *([("diagnosis", *row) for row in self.diagnosis()] if "diagnosis" in parts else []),
-        ]
+        table = [("table", *row) for row in self.table()] if "table" in parts else []
+        jobs = table[:8]
+        if "diagnosis" in parts:
+            jobs += [("diagnosis", *row) for row in self.diagnosis()]
+        jobs += table[8:]
         for number, (part, name, patch) in enumerate(jobs):
             if number % shares == mine and time.perf_counter() - self.begin < (
                 self.options.stop_after
@@ -164,19 +167,19 @@ class Bench:
     def prompts(self, style: str, count: int, book: str) -> tuple[Tensor, Tensor, list[list[int]]]:
         """(count, tokens), digits (count, 5), positions of the digits of the needle."""
         head, needle, tail = FORMATS[style]
-        text = self.books[book]
+        hays = self.books[book]
         rows, digits, places = [], [], []
         for number in range(count):
             draw = random.Random(f"{book}-{number}")
             key = str(draw.randint(10_000, 99_999))
             depth = 0.85 * (number % 10) / 9
-            start = draw.randrange(0, max(1, len(text) - 8 * self.options.tokens))
+            start = draw.randrange(0, max(1, len(hays) - self.options.tokens))
             parts = [self.ids(part) for part in (head, needle.format(key=key), tail + " ")]
             parts[0] = self.first + parts[0]
             answer = self.ids(key)
             assert len(answer) == 5, "a tokenizer with one token for each digit"
             room = self.options.tokens - sum(map(len, parts)) - len(answer)
-            hay = self.ids(text[start : start + 8 * self.options.tokens])[:room]
+            hay = hays[start : start + room]
             assert len(hay) == room, "a longer book"
             cut = round(depth * room)
             row = [*parts[0], *hay[:cut], *parts[1], *hay[cut:], *parts[2], *answer]
@@ -250,10 +253,11 @@ class Bench:
                     query, key, value, is_causal=True, enable_gqa=True, config=config
                 )
             output = simulate(query, key, value, config, patch.oracle, note)
-            needs = exact or patch.exact_last or patch.exact_first or patch.max_error is not None
-            if needs:
+            if exact:
+                of = [head // group for head in exact]
+                output[:, exact] = _exact(original, query[:, exact], key[:, of], value[:, of])
+            if patch.exact_last or patch.exact_first or patch.max_error is not None:
                 want = _exact(original, query, key, value)
-                output[:, exact] = want[:, exact]
                 if patch.exact_last:
                     output[:, :, -patch.exact_last :] = want[:, :, -patch.exact_last :]
                 if patch.exact_first:
@@ -347,7 +351,7 @@ class Bench:
         for style in FORMATS:
             for book in ("train", "heldout"):
                 begin = time.perf_counter()
-                count = self.options.few if book == "train" else self.options.prompts
+                count = self.options.few
                 right, losses = self.answer(style, count, book, Patch())
                 self.add({"kind": "format", "format": style, "book": book, "prompts": count,
                           "score": _mean(right), "loss": _mean(losses),
