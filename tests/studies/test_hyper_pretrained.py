@@ -226,3 +226,21 @@ def test_a_model_with_sliding_layers(texts, tmp_path):
     assert outcome.is_finished
     assert [r["layers"] for r in outcome.rows if r["kind"] == "layers"] == [0, 2]
     assert [r["layer"] for r in outcome.rows if r["kind"] == "mass"] == [0, 1]
+
+
+def test_models_are_not_mixed_in_a_report(finished):
+    """Rows of a second model, with other losses, change nothing that is said of the first."""
+    _, rows = finished
+    alone = build_report(rows)
+    other = [
+        {**row, "model": "other", "key": f"{row['key']}-other", "loss": row.get("loss", 0.0) + 1.0}
+        for row in rows
+    ]
+    both = build_report([*rows, *other])
+    headings = [section.heading for section in both.sections]
+    for section in alone.sections[:-1]:
+        assert f"other: {section.heading}" in headings
+        twin = both.sections[headings.index(f"tiny: {section.heading}")]
+        assert twin.table == section.table
+    assert [v.claim for v in both.verdicts[3:]] == [f"{v.claim}: other" for v in alone.verdicts]
+    assert "--model other" in both.command
