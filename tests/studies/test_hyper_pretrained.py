@@ -178,7 +178,7 @@ def test_report(finished):
 def test_verdict_on_the_paper(curve, outcome):
     rows = [
         {"study": "hyper-pretrained", "kind": "layers", "key": str(n), "setting": "paper, LSH",
-         "layers": n, "loss": 3.0 + rise, "visited": 0.3, "model": "m"}
+         "layers": n, "loss": 3.0 + rise, "visited": 0.3, "model": "m", "tokens": 8192}
         for n, rise in zip((0, 10, 20), curve, strict=True)
     ]  # fmt: skip
     assert build_report(rows).verdicts[0].outcome == outcome
