@@ -1,37 +1,83 @@
-"""The kernel in its production configurations, for the ahead-of-time compile check."""
+"""The kernels in their production configurations, for the ahead-of-time compile check."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...._triton.aot import AotCase
+from ...._triton.launch import KernelConfig
+from .half import BLOCK
+from .mix import MIX_TILE, mix_kernel
+from .rows import ROW_TILE, row_kernel
 from .search import SIZES, _conv_basis_search_kernel
+from .spectra import KERNEL_TILE, VALUE_TILE, kernel_spectra_kernel, value_spectra_kernel
 
 __all__ = ["cases"]
 
 _TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
+_HALF = {"high_ptr", "low_ptr", "back_ptr", "mixed_ptr"}  # float16 in every case
+_INT32 = {"run_block_ptr", "run_group_ptr", "group_ptr"}
+_INT64 = {"starts_ptr", "run_start_ptr", "run_end_ptr", "lengths_ptr"}
 
 
 def cases(capability: int) -> list[AotCase]:
     """16 segments, 16 probes; the same on every device."""
     del capability
-    return [_case(dtype, dim) for dtype in _TYPES for dim in (64, 128, 256)]
+    search = [
+        _case(f"search/{dtype}/d{dim}", _conv_basis_search_kernel, SIZES, _TYPES[dtype],
+              {"query", "key"}, GROUP=1, NUM_BASES=16, PROBES=16, DIM=dim, BLOCK_T=16,
+              BLOCK_D=dim)
+        for dtype in _TYPES for dim in (64, 128, 256)
+    ]  # fmt: skip
+    return [*search, *_engine()]
 
 
-def _case(dtype: str, dim: int) -> AotCase:
-    constexprs = {"GROUP": 1, "NUM_BASES": 16, "PROBES": 16, "DIM": dim, "BLOCK_T": 16,
-                  "BLOCK_D": dim}  # fmt: skip
+def _engine() -> list[AotCase]:
+    found = [
+        _case("kernel_spectra", kernel_spectra_kernel, KERNEL_TILE, "*fp32", set(), BLOCK=BLOCK,
+              BLOCK_F=KERNEL_TILE.block_m, BLOCK_P=KERNEL_TILE.block_n, BLOCK_K=64)
+    ]  # fmt: skip
+    for dim in (64, 128):
+        shape: dict[str, Any] = {"BLOCK": BLOCK, "BLOCK_C": dim}
+        rows: dict[str, Any] = {"GROUP": 1, "DIM": dim, **shape}
+        found.append(_case(f"mix/d{dim}", mix_kernel, MIX_TILE, "*fp16", {"value_ptr"}, **shape,
+                           BLOCK_A=MIX_TILE.block_m, BLOCK_U=MIX_TILE.block_n))  # fmt: skip
+        for offset in (False, True):
+            name = f"bfloat16/d{dim}" + ("/offset" if offset else "")
+            found.append(_case(f"value_spectra/{name}", value_spectra_kernel, VALUE_TILE, "*bf16",
+                               {"value_ptr"}, **rows, BLOCK_F=VALUE_TILE.block_m,
+                               HAS_OFFSET=offset))  # fmt: skip
+            found.append(_case(f"rows/{name}", row_kernel, ROW_TILE, "*bf16",
+                               {"value_ptr", "output_ptr"}, **rows, BLOCK_M=ROW_TILE.block_m,
+                               BLOCK_N=ROW_TILE.block_n, HAS_OFFSET=offset))  # fmt: skip
+    return found
+
+
+def _case(name: str, kernel: Any, tile: KernelConfig, pointer: str, own: set[str],
+          **constexprs: Any) -> AotCase:  # fmt: skip
+    """`own`: arguments in the dtype `pointer`; other tables are float32."""
     signature: dict[str, str] = {}
-    for argument in _conv_basis_search_kernel.arg_names:
+    for argument in kernel.arg_names:
         if argument in constexprs:
             continue
-        known = {"lengths_ptr": "*i64", "starts_ptr": "*i64", "scale": "fp32", "each": "fp32"}
-        default = _TYPES[dtype] if argument.endswith("_ptr") else "i32"
-        signature[argument] = known.get(argument, default)
+        if argument in own or argument in {"q_ptr", "k_ptr"}:
+            signature[argument] = pointer
+        elif argument in _HALF or (argument == "spectra_ptr" and kernel is value_spectra_kernel):
+            signature[argument] = "*fp16"
+        elif argument in _INT32 or argument in _INT64 or argument.endswith("_ptr"):
+            integer = "*i32" if argument in _INT32 else "*i64"
+            signature[argument] = integer if argument in _INT32 | _INT64 else "*fp32"
+        else:
+            scalars = {"scale", "each", "store_scale", "load_scale"}
+            signature[argument] = "fp32" if argument in scalars else "i32"
+    if kernel is _conv_basis_search_kernel:
+        signature["starts_ptr"] = "*i64"
     return AotCase(
-        name=f"conv_basis/search/{dtype}/d{dim}/w{SIZES.num_warps}s{SIZES.num_stages}",
-        kernel=_conv_basis_search_kernel,
+        name=f"conv_basis/{name}/w{tile.num_warps}s{tile.num_stages}",
+        kernel=kernel,
         signature=signature,
         constexprs=constexprs,
-        num_warps=SIZES.num_warps,
-        num_stages=SIZES.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         aligned=tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_")),
     )

@@ -1,0 +1,215 @@
+"""The blocked engine for half precision values: float16 spectra on tensor cores, fused.
+
+| | |
+|---|---|
+| dtypes | values float16, bfloat16; log-kernels float32 |
+| value dim | 1 to 128; padded to a power of two |
+| architectures | sm_80 and later |
+| causal, N_q = N_k, no query offset; grouped heads, strides | yes |
+
+Blocks of rows see their own block of keys and the one before weight by weight, as flash attention
+does, and all earlier ones through spectra in float16 with float32 sums. Denominators stay in
+float32. Nothing but V, its spectra, those of the rows and the output crosses memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...._triton.interpreter import repair_interpreter
+from ...._triton.launch import interpreting, triton_refusal, unit_last_stride
+from ..layout import Layout, Runs, make_layout, make_runs
+from .mix import MIX_TILE, mix_kernel
+from .rows import ROW_TILE, row_kernel
+from .spectra import (
+    KERNEL_TILE,
+    VALUE_TILE,
+    kernel_spectra_kernel,
+    transform,
+    value_spectra_kernel,
+)
+
+__all__ = ["BLOCK", "MIN_LENGTH", "half_forward", "takes"]
+
+BLOCK = 256
+MIN_LENGTH = 2048  # below it float32 is as fast
+_WORK_BYTES = 8 * 2**30
+_NOISE = 0.25
+
+
+class Spectra(NamedTuple):
+    """What one chunk of R problems holds between its kernels."""
+
+    layout: Layout
+    runs: Runs
+    block: Tensor  # (R, U) int32
+    group: Tensor  # (R, U) int32
+    kernel: Tensor  # (R, 2 B, G, P) float32
+    factor: Tensor  # (R, A, U): exp(scale of piece and run - top); 0 within two blocks
+    top: Tensor  # (R, A)
+    value: Tensor  # (R, U, 2 B, C) float16
+    relative: Tensor  # (R, U): scale of the run's values / `largest`
+    largest: Tensor  # (R,): of |value|
+    weight: Tensor  # (R, U, B): exp(beta - scale of the run)
+    noise: Tensor  # (R, A): estimated rounding error of a denominator in units of exp(top)
+
+
+def takes(
+    log_kernel: Tensor, value: Tensor, n_q: int, is_causal: bool, query_offset: int, block: int
+) -> bool:
+    """Whether `half_forward` computes this problem."""
+    return (
+        value.dtype in (torch.float16, torch.bfloat16)
+        and log_kernel.dtype is not torch.float64
+        and is_causal
+        and query_offset == 0
+        and block in (0, BLOCK)
+        and n_q == value.shape[2] >= MIN_LENGTH
+        and value.shape[-1] <= 128
+        and triton_refusal(value) is None
+    )
+
+
+def half_forward(
+    log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (R, N, D_v) in the dtype of `value`, lse (R, N) float32, noise-to-signal (R, A).
+
+    log_kernel (R, G, L) float32 and starts (R, G) int64, the first 0; key_offset (R, N) float32;
+    value (B, H_kv, N, D_v), R = B H. No device synchronisation.
+    """
+    if interpreting():
+        repair_interpreter()
+    value = unit_last_stride(value)
+    count, n, dim = log_kernel.shape[0], value.shape[2], value.shape[3]
+    output = value.new_empty((count, n, dim))
+    lse = log_kernel.new_empty((count, n))
+    ratio = log_kernel.new_empty((count, -(-n // BLOCK)))
+    step = problems_at_once(log_kernel, value)
+    for first in range(0, count, step):
+        part = slice(first, min(first + step, count))
+        offset = None if key_offset is None else key_offset[part].contiguous()
+        _forward(log_kernel[part].contiguous(), starts[part].contiguous(), offset, value, first,
+                 count, output[part], lse[part], ratio[part])  # fmt: skip
+    return output, lse, ratio
+
+
+def problems_at_once(log_kernel: Tensor, value: Tensor) -> int:
+    """How many problems fit into the work memory together."""
+    n, channels = value.shape[2], padded(value.shape[-1])
+    blocks = -(-n // BLOCK)
+    runs = blocks + log_kernel.shape[1] - 1
+    each = 2 * BLOCK * (2 * channels * (runs + blocks) + 4 * log_kernel.shape[1] * blocks)
+    return max(1, _WORK_BYTES // max(each + 4 * blocks * runs, 1))
+
+
+def padded(dim: int) -> int:
+    """Channels that the kernels work on."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
+                 first: int, count: int) -> Spectra:  # fmt: skip
+    """Transforms of kernels and values, and the scales that join them."""
+    rows, groups, length = log_kernel.shape
+    n, dim = value.shape[2:]
+    device, channels = value.device, padded(dim)
+    layout = make_layout(BLOCK, n, n, True, 0, length)
+    runs = make_runs(layout, starts)
+    block, group = runs.block.to(torch.int32), runs.group.to(torch.int32)
+    pieces, total = layout.row_blocks, block.shape[1]
+    high, low, _ = transform(BLOCK, device)
+
+    wide = pieces * BLOCK
+    whole = log_kernel[..., :wide]
+    if length < wide:
+        whole = torch.nn.functional.pad(whole, (0, wide - length), value=float("-inf"))
+    block_max = whole.reshape(rows, groups, pieces, BLOCK).amax(-1)
+    before = torch.nn.functional.pad(block_max[..., :-1], (1, 0), value=float("-inf"))
+    scale = torch.maximum(block_max, before)
+    kernel = log_kernel.new_empty((rows, 2 * BLOCK, groups, pieces))
+    norm = log_kernel.new_zeros((rows, groups, pieces))
+    tile = KERNEL_TILE
+    block_f, block_p = min(tile.block_m, 2 * BLOCK), tile.block_n
+    grid = (rows * groups * triton.cdiv(pieces, block_p) * (2 * BLOCK // block_f),)
+    kernel_spectra_kernel[grid](
+        log_kernel, block_max, starts, high, low, kernel, norm, length, pieces, pieces, groups,
+        BLOCK=BLOCK, BLOCK_F=block_f, BLOCK_P=block_p, BLOCK_K=min(64, BLOCK),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+    spectra = torch.empty((rows, total, 2 * BLOCK, channels), dtype=torch.float16, device=device)
+    weight = log_kernel.new_empty((rows, total, BLOCK))
+    run_scale, value_scale, bound = (log_kernel.new_empty((rows, total)) for _ in range(3))
+    tile = VALUE_TILE
+    heads = count // value.shape[0]
+    value_spectra_kernel[(rows * total,)](
+        value, log_kernel if key_offset is None else key_offset, high, block, runs.start, runs.end,
+        spectra, weight, run_scale, value_scale, bound, *value.stride()[:3], n, total, heads, first,
+        GROUP=heads // value.shape[1], DIM=dim, BLOCK=BLOCK, BLOCK_C=channels,
+        BLOCK_F=min(tile.block_m, 2 * BLOCK), HAS_OFFSET=key_offset is not None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+    piece = torch.arange(pieces, device=device).unsqueeze(-1) - runs.block.unsqueeze(1)
+    pair = runs.group.unsqueeze(1) * pieces + piece.clamp(min=0)  # (R, A, U)
+    log_pair = torch.gather(scale.flatten(1), 1, pair.flatten(1)).view(pair.shape)
+    log_pair = torch.where(piece >= 2, log_pair + run_scale.unsqueeze(1), float("-inf"))
+    top = log_pair.amax(-1)
+    factor = torch.exp(log_pair - torch.where(top == float("-inf"), 0.0, top).unsqueeze(-1))
+    norms = torch.gather(norm.flatten(1), 1, pair.flatten(1)).view(pair.shape)
+    noise = (factor * norms * weight.square().sum(-1).sqrt().unsqueeze(1)).sum(-1)
+    largest = bound.amax(-1)
+    largest = torch.where(largest > 0, largest, 1.0)
+    relative = value_scale / largest.unsqueeze(-1)
+    return Spectra(layout, runs, block, group, kernel, factor, top, spectra, relative, largest,
+                   weight, noise * (_NOISE * torch.finfo(torch.float16).eps))  # fmt: skip
+
+
+def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
+             first: int, count: int, output: Tensor, lse: Tensor, ratio: Tensor) -> None:  # fmt: skip
+    spectra = make_spectra(log_kernel, starts, key_offset, value, first, count)
+    rows, groups, length = log_kernel.shape
+    n, dim = value.shape[2:]
+    device, channels = value.device, padded(dim)
+    blocks, total = spectra.layout.row_blocks, spectra.block.shape[1]
+    _, _, matrix = transform(BLOCK, device)
+    # (R, 2 B, U): frequency first, as the products read it
+    weight_hat = (matrix[:, :BLOCK] @ spectra.weight.mT).contiguous()
+    store_scale = 8.0 / triton.next_power_of_2(max(total, 8))  # sums over runs stay in range
+    mixed = torch.empty((rows, blocks, 2 * BLOCK, channels), dtype=torch.float16, device=device)
+    far_hat = log_kernel.new_empty((rows, blocks, 2 * BLOCK))
+    tile = MIX_TILE
+    mix_kernel[(rows * BLOCK * triton.cdiv(blocks, tile.block_m),)](
+        spectra.kernel, spectra.factor, spectra.value, spectra.relative, weight_hat, spectra.block,
+        spectra.group, mixed, far_hat, total, blocks, blocks, total - blocks, groups, store_scale,
+        BLOCK=BLOCK, BLOCK_C=channels, BLOCK_A=tile.block_m, BLOCK_U=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    far = (far_hat @ (matrix[:, BLOCK:] / BLOCK)).clamp_(min=0.0)  # (R, A, B)
+    begin = torch.arange(n, device=device, dtype=torch.int64).expand(rows, -1).contiguous()
+    of_key = (torch.searchsorted(starts, begin, right=True) - 1).clamp_(min=0).to(torch.int32)
+    tile = ROW_TILE
+    block_m = min(tile.block_m, BLOCK)
+    heads = count // value.shape[0]
+    row_kernel[(rows * blocks * (BLOCK // block_m),)](
+        mixed, transposed(BLOCK, device), far, spectra.top, spectra.largest, log_kernel,
+        log_kernel if key_offset is None else key_offset, of_key, value, output, lse,
+        *value.stride()[:3], n, blocks, length, heads, groups, first, 1.0 / store_scale,
+        GROUP=heads // value.shape[1], DIM=dim, BLOCK=BLOCK, BLOCK_C=channels, BLOCK_M=block_m,
+        BLOCK_N=min(tile.block_n, BLOCK), HAS_OFFSET=key_offset is not None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    tail = blocks * BLOCK - n
+    least = torch.nn.functional.pad(lse, (0, tail), value=float("-inf")).view(rows, blocks, BLOCK)
+    least = torch.where(least == float("-inf"), float("inf"), least).amin(-1)
+    ratio.copy_(spectra.noise * torch.exp(spectra.top - least).nan_to_num_(nan=0.0))
+
+
+def transposed(block: int, device: torch.device) -> Tensor:
+    """W (2 B, 2 B) in float16, one row for each place in time."""
+    return transform(block, device)[0].T.contiguous()
