@@ -84,7 +84,7 @@ def test_range_guard_paths_and_tf32_setting():
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = True  # must not reach the engine
-        out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 0)
+        out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 0, "auto")
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     assert path.tolist() == [[guard.SINGLE, guard.DOUBLE, guard.WEIGHT_BY_WEIGHT]]

@@ -439,7 +439,7 @@ def _run(
             part = conv_basis_reference(call, basis)
         else:
             basis = _basis(call, config, chosen)
-            part = basis.apply(call.value)
+            part = basis.apply(call.value, "auto" if chosen is Impl.TRITON else "eager")
         return _with_fallback(call, basis, part, config, seed)
 
 

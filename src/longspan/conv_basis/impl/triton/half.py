@@ -52,8 +52,9 @@ class Spectra(NamedTuple):
     factor: Tensor  # (R, A, U): exp(scale of piece and run - top); 0 within two blocks
     top: Tensor  # (R, A)
     value: Tensor  # (R, U, 2 B, C) float16
-    relative: Tensor  # (R, U): scale of the run's values / `largest`
-    largest: Tensor  # (R,): of |value|
+    value_scale: Tensor  # (R, U): largest |weight * value|
+    far_scale: Tensor  # (R, A): largest factor * value_scale
+    unit: Tensor  # (R, A): largest |value| in the two near blocks
     weight: Tensor  # (R, U, B): exp(beta - scale of the run)
     noise: Tensor  # (R, A): estimated rounding error of a denominator in units of exp(top)
 
@@ -75,12 +76,14 @@ def takes(
 
 
 def half_forward(
-    log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output (R, N, D_v) in the dtype of `value`, lse (R, N) float32, noise-to-signal (R, A).
 
     log_kernel (R, G, L) float32 and starts (R, G) int64, the first 0; key_offset (R, N) float32;
-    value (B, H_kv, N, D_v), R = B H. No device synchronisation.
+    value (B, H_kv, N, D_v), R = B H; hidden (R, N) bool: rows that see no key (-inf in kernels
+    leaves rounding errors there). No device synchronisation.
     """
     if interpreting():
         repair_interpreter()
@@ -88,14 +91,22 @@ def half_forward(
     count, n, dim = log_kernel.shape[0], value.shape[2], value.shape[3]
     output = value.new_empty((count, n, dim))
     lse = log_kernel.new_empty((count, n))
-    ratio = log_kernel.new_empty((count, -(-n // BLOCK)))
+    blocks = -(-n // BLOCK)
+    scale = log_kernel.new_empty((2, count, blocks))  # noise, and the log of its unit
     step = problems_at_once(log_kernel, value)
     for first in range(0, count, step):
         part = slice(first, min(first + step, count))
         offset = None if key_offset is None else key_offset[part].contiguous()
         _forward(log_kernel[part].contiguous(), starts[part].contiguous(), offset, value, first,
-                 count, output[part], lse[part], ratio[part])  # fmt: skip
-    return output, lse, ratio
+                 count, output[part], lse[part], scale[:, part])  # fmt: skip
+    if hidden is not None:
+        output.masked_fill_(hidden.unsqueeze(-1), 0.0)
+        lse.masked_fill_(hidden, float("-inf"))
+    padded_lse = torch.nn.functional.pad(lse, (0, blocks * BLOCK - n), value=float("-inf"))
+    least = padded_lse.view(count, blocks, BLOCK)
+    least = torch.where(least == float("-inf"), float("inf"), least).amin(-1)
+    noise, unit = scale
+    return output, lse, torch.where(noise > 0, noise * torch.exp(unit - least), 0.0 * noise)
 
 
 def problems_at_once(log_kernel: Tensor, value: Tensor) -> int:
@@ -163,15 +174,18 @@ def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, 
     factor = torch.exp(log_pair - torch.where(top == float("-inf"), 0.0, top).unsqueeze(-1))
     norms = torch.gather(norm.flatten(1), 1, pair.flatten(1)).view(pair.shape)
     noise = (factor * norms * weight.square().sum(-1).sqrt().unsqueeze(1)).sum(-1)
-    largest = bound.amax(-1)
-    largest = torch.where(largest > 0, largest, 1.0)
-    relative = value_scale / largest.unsqueeze(-1)
-    return Spectra(layout, runs, block, group, kernel, factor, top, spectra, relative, largest,
-                   weight, noise * (_NOISE * torch.finfo(torch.float16).eps))  # fmt: skip
+    far_scale = (factor * value_scale.unsqueeze(1)).amax(-1)
+    far_scale = torch.where(far_scale > 0, far_scale, 1.0)
+    unit = torch.zeros_like(far_scale).scatter_reduce_(1, runs.block, bound, "amax")
+    unit = torch.maximum(unit, torch.nn.functional.pad(unit[:, :-1], (1, 0)))
+    unit = torch.where(unit > 0, torch.maximum(unit, 1e-30 * far_scale), far_scale)
+    return Spectra(layout, runs, block, group, kernel, factor, top, spectra, value_scale,
+                   far_scale, unit, weight,
+                   noise * (_NOISE * torch.finfo(torch.float16).eps))  # fmt: skip
 
 
 def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
-             first: int, count: int, output: Tensor, lse: Tensor, ratio: Tensor) -> None:  # fmt: skip
+             first: int, count: int, output: Tensor, lse: Tensor, scale: Tensor) -> None:  # fmt: skip
     spectra = make_spectra(log_kernel, starts, key_offset, value, first, count)
     rows, groups, length = log_kernel.shape
     n, dim = value.shape[2:]
@@ -185,8 +199,8 @@ def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, valu
     far_hat = log_kernel.new_empty((rows, blocks, 2 * BLOCK))
     tile = MIX_TILE
     mix_kernel[(rows * BLOCK * triton.cdiv(blocks, tile.block_m),)](
-        spectra.kernel, spectra.factor, spectra.value, spectra.relative, weight_hat, spectra.block,
-        spectra.group, mixed, far_hat, total, blocks, blocks, total - blocks, groups, store_scale,
+        spectra.kernel, spectra.factor, spectra.value, spectra.value_scale, spectra.far_scale,
+        weight_hat, spectra.block, spectra.group, mixed, far_hat, total, blocks, blocks, total - blocks, groups, store_scale,
         BLOCK=BLOCK, BLOCK_C=channels, BLOCK_A=tile.block_m, BLOCK_U=tile.block_n,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -197,17 +211,15 @@ def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, valu
     block_m = min(tile.block_m, BLOCK)
     heads = count // value.shape[0]
     row_kernel[(rows * blocks * (BLOCK // block_m),)](
-        mixed, transposed(BLOCK, device), far, spectra.top, spectra.largest, log_kernel,
+        mixed, transposed(BLOCK, device), far, spectra.top, spectra.far_scale, spectra.unit,
+        log_kernel,
         log_kernel if key_offset is None else key_offset, of_key, value, output, lse,
         *value.stride()[:3], n, blocks, length, heads, groups, first, 1.0 / store_scale,
         GROUP=heads // value.shape[1], DIM=dim, BLOCK=BLOCK, BLOCK_C=channels, BLOCK_M=block_m,
         BLOCK_N=min(tile.block_n, BLOCK), HAS_OFFSET=key_offset is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    tail = blocks * BLOCK - n
-    least = torch.nn.functional.pad(lse, (0, tail), value=float("-inf")).view(rows, blocks, BLOCK)
-    least = torch.where(least == float("-inf"), float("inf"), least).amin(-1)
-    ratio.copy_(spectra.noise * torch.exp(spectra.top - least).nan_to_num_(nan=0.0))
+    torch.stack((spectra.noise, spectra.top), out=scale)
 
 
 def transposed(block: int, device: torch.device) -> Tensor:

@@ -14,15 +14,15 @@ MIX_TILE = KernelConfig(64, 32, 4, 2)  # row blocks, runs
 
 @triton.jit(do_not_specialize=["runs", "row_blocks", "pieces", "extra"])
 def mix_kernel(
-    kernel_ptr, factor_ptr, value_ptr, relative_ptr, weight_ptr, run_block_ptr, run_group_ptr,
-    mixed_ptr, denominator_ptr,
+    kernel_ptr, factor_ptr, value_ptr, value_scale_ptr, far_scale_ptr, weight_ptr, run_block_ptr,
+    run_group_ptr, mixed_ptr, denominator_ptr,
     runs, row_blocks, pieces, extra, groups, store_scale,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
     """mixed[r, a, f] = sum_u G[a, u] value[r, u, f], G = kernel[g(u), a - block(u)] factor[a, u].
 
     Complex, runs two blocks and more before the row's. The denominator takes weight[r, f, u] in
-    float32; the values are in float16, G times relative[u] = value scale / its largest.
+    float32; the values are in float16, and so is G value_scale[u] / far_scale[a].
     """
     tiles = tl.cdiv(row_blocks, BLOCK_A)
     program = tl.program_id(0)
@@ -36,7 +36,9 @@ def mix_kernel(
     weight_ptr += (problem * BLOCK + f) * 2 * runs
     run_block_ptr += problem * runs
     run_group_ptr += problem * runs
-    relative_ptr += problem * runs
+    value_scale_ptr += problem * runs
+    row_scale = tl.load(far_scale_ptr + problem * row_blocks + a, mask=a < row_blocks, other=1.0)
+    row_scale = 1.0 / (row_scale * BLOCK**0.5)
     c = tl.arange(0, BLOCK_C)
     real = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
     imaginary = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
@@ -49,11 +51,11 @@ def mix_kernel(
         exists = u < runs
         block = tl.load(run_block_ptr + u, mask=exists, other=row_blocks)
         group = tl.load(run_group_ptr + u, mask=exists, other=0)
-        relative = tl.load(relative_ptr + u, mask=exists, other=0.0)
+        value_scale = tl.load(value_scale_ptr + u, mask=exists, other=0.0)
         piece = a[:, None] - block[None, :]
         far = (piece >= 2) & (a[:, None] < row_blocks)
         place = group[None, :] * pieces + piece
-        factor = tl.load(factor_ptr + a[:, None].to(tl.int64) * runs + u[None, :], mask=far,
+        factor = tl.load(factor_ptr + a[:, None] * runs + u[None, :], mask=far,
                          other=0.0)  # fmt: skip
         live = far & (factor > 0.0)
         g_real = tl.load(kernel_ptr + place, mask=live, other=0.0) * factor
@@ -64,7 +66,7 @@ def mix_kernel(
         w_imaginary = tl.load(weight_ptr + runs + u, mask=exists, other=0.0)[None, :]
         den_real += tl.sum(g_real * w_real - g_imaginary * w_imaginary, 1)
         den_imaginary += tl.sum(g_real * w_imaginary + g_imaginary * w_real, 1)
-        turn = relative[None, :] * (1.0 / BLOCK**0.5)
+        turn = value_scale[None, :] * row_scale[:, None]
         h_real = (g_real * turn).to(tl.float16)
         h_imaginary = (g_imaginary * turn).to(tl.float16)
         x = value_ptr + u[:, None].to(tl.int64) * (2 * BLOCK * BLOCK_C) + c[None, :]

@@ -14,7 +14,7 @@ ROW_TILE = KernelConfig(128, 64, 8, 2)  # rows, keys or frequencies
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "length"])
 def row_kernel(
-    mixed_ptr, back_ptr, far_ptr, top_ptr, largest_ptr, log_kernel_ptr, offset_ptr, group_ptr,
+    mixed_ptr, back_ptr, far_ptr, top_ptr, far_scale_ptr, unit_ptr, log_kernel_ptr, offset_ptr, group_ptr,
     value_ptr, output_ptr, lse_ptr,
     stride_vb, stride_vh, stride_vn,
     n, row_blocks, length, heads, groups, first_problem, load_scale,
@@ -24,7 +24,7 @@ def row_kernel(
     """output = (far numerator + near numerator) / (far + near denominator), and lse.
 
     The running maximum starts at the scale of the far part, as in an online softmax. Weights and
-    values / `largest` are multiplied in float16.
+    values / `unit` are multiplied in float16.
     """
     tiles: tl.constexpr = BLOCK // BLOCK_M
     program = tl.program_id(0)
@@ -43,14 +43,14 @@ def row_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     top = tl.zeros((BLOCK_M,), tl.float32) + tl.load(top_ptr + problem * row_blocks + a)
     far = tl.load(far_ptr + (problem * row_blocks + a) * BLOCK + place)
+    unit = tl.load(unit_ptr + problem * row_blocks + a)
     if a >= 2:
         mixed_ptr += (problem * row_blocks + a) * (2 * BLOCK * BLOCK_C)
         for first in range(0, 2 * BLOCK, BLOCK_N):
             back = tl.load(back_ptr + (BLOCK + place[:, None]) * (2 * BLOCK) + first + step[None, :])
             mixed = tl.load(mixed_ptr + (first + step[:, None]) * BLOCK_C + c[None, :])
             acc = tl.dot(back, mixed, acc)
-        acc *= load_scale
-    largest = tl.load(largest_ptr + problem)
+        acc *= load_scale * (tl.load(far_scale_ptr + problem * row_blocks + a) / unit)
     total = tl.where(far > 0.0, far, 0.0)
     acc = tl.where(far[:, None] > 0.0, acc, 0.0)
     top = tl.where(far > 0.0, top, float("-inf"))
@@ -73,12 +73,12 @@ def row_kernel(
         total = total * shrink + tl.sum(weight, 1)
         value = tl.load(value_ptr + key[:, None].to(tl.int64) * stride_vn + c[None, :],
                         mask=exists[:, None] & (c < DIM)[None, :], other=0.0)  # fmt: skip
-        narrow = (value.to(tl.float32) * (1.0 / largest)).to(tl.float16)
+        narrow = (value.to(tl.float32) * (1.0 / unit)).to(tl.float16)
         acc = tl.dot(weight.to(tl.float16), narrow, acc * shrink[:, None])
         top = higher
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    acc = acc * (largest / total)[:, None]
+    acc = acc * (unit / total)[:, None]
     lse = tl.where(empty, float("-inf"), top + tl.log(total))
     into = output_ptr + (problem * n + row[:, None]) * DIM + c[None, :]
     tl.store(into, acc.to(output_ptr.dtype.element_ty), mask=(row < n)[:, None] & (c < DIM)[None, :])

@@ -1,0 +1,95 @@
+"""The engine for half precision values in the interpreter, with small blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conv_cases import dense_toeplitz
+from longspan import toeplitz_attention_with_lse
+from longspan._triton.launch import KernelConfig
+from longspan.conv_basis.impl import guard
+from longspan.conv_basis.impl.triton import half
+from longspan.conv_basis.ops import toeplitz_fwd
+
+SMALL = {"MIX_TILE": (16, 16), "ROW_TILE": (16, 32), "KERNEL_TILE": (32, 16), "VALUE_TILE": (32, 32)}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(half, "BLOCK", 32)
+    monkeypatch.setattr(half, "MIN_LENGTH", 64)
+    for name, (m, n) in SMALL.items():
+        monkeypatch.setattr(half, name, KernelConfig(m, n, 4, 1))
+
+
+def draw(n, groups=3, heads=2, dim=12, dtype=torch.float16, lags=None):
+    lag = torch.arange(lags or n).float()
+    slopes = torch.tensor([-0.03, 0.02])[:, None, None]
+    kernel = slopes * lag + 0.5 * torch.randn(heads, groups, len(lag))
+    starts = torch.tensor([[0, 45, n], [0, 64, 131]])[:, :groups]
+    value = torch.randn(1, 1, n, dim).to(dtype)
+    return kernel[None], starts[None].contiguous(), value
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("n", [64, 203])
+def test_equals_the_definition(n, offset, nan_scratch):
+    kernel, starts, value = draw(n)
+    key_offset = 0.5 * torch.randn(1, 2, n) if offset else None
+    if offset:
+        key_offset[..., 5:20] = float("-inf")
+        value[..., 5:20, :] = 0.0
+    out, lse, path = toeplitz_fwd(kernel, starts, key_offset, value, None, n, True, 0, 0, "auto")
+    assert path.tolist() == [[guard.HALF] * 2]
+    want, want_lse = dense_toeplitz(kernel, value, starts, key_offset, n, True, 0)
+    error = (out.double() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert error.max() <= 4e-3  # the output itself is rounded to 5e-4
+    assert (out.double() - want).norm() <= 1e-3 * want.norm()
+    assert (lse - want_lse).abs().max() <= 1e-4
+
+
+def test_values_of_any_size_and_strides():
+    kernel, starts, value = draw(130, dtype=torch.float32)
+    value = value * torch.logspace(-3, 3, 130)[:, None]
+    wide = torch.empty(1, 1, 12, 131, dtype=torch.float16).mT[:, :, 1:]
+    wide.copy_(value)
+    for factor in (1.0, 10.0):  # sums beyond float16 in between
+        out, _, path = toeplitz_fwd(kernel, starts, None, factor * wide, None, 130, True, 0, 0,
+                                    "auto")  # fmt: skip
+        assert (path == guard.HALF).all()
+        want, _ = dense_toeplitz(kernel, factor * wide, starts, None, 130, True, 0)
+        error = (out.double() - want).norm(dim=-1) / want.norm(dim=-1)
+        assert error.max() <= 1e-2
+
+
+def test_short_kernels_end():
+    kernel, starts, value = draw(140, lags=75)
+    out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, 140, True, 0, 0, "auto")
+    want, want_lse = dense_toeplitz(kernel, value, starts, None, 140, True, 0)
+    assert (out.double() - want).norm() <= 1e-3 * want.norm()
+    assert (lse - want_lse).abs().max() <= 1e-3
+
+
+def test_heads_beyond_half_precision_are_computed_in_float32():
+    kernel, starts, value = draw(140)
+    kernel[:, 1] = torch.where(torch.arange(140) < 70, -12.0, 12.0)  # rows differ by 24 nats
+    out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, 140, True, 0, 0, "auto")
+    assert path[0, 0] == guard.HALF
+    assert path[0, 1] != guard.HALF
+    want, want_lse = dense_toeplitz(kernel, value, starts, None, 140, True, 0)
+    assert ((out.double() - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 4e-3
+    assert (lse - want_lse).abs().max() <= 1e-3
+
+
+def test_rows_without_keys_and_two_chunks(monkeypatch):
+    monkeypatch.setattr(half, "_WORK_BYTES", 1)  # one head at a time
+    kernel, starts, value = draw(130)
+    key_offset = torch.zeros(1, 2, 130)
+    key_offset[..., :97] = float("-inf")
+    got = toeplitz_attention_with_lse(kernel, value, groups=starts, key_offset=key_offset)
+    assert (got.output[:, :, :97] == 0).all()
+    assert (got.lse[:, :, :97] == float("-inf")).all()
+    want, want_lse = dense_toeplitz(kernel, value, starts, key_offset, 130, True, 0)
+    assert (got.output.double() - want).norm() <= 1e-3 * want.norm()
+    assert (got.lse - want_lse)[:, :, 97:].abs().max() <= 1e-4
