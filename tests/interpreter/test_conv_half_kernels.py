@@ -9,8 +9,9 @@ from conv_cases import dense_toeplitz
 from longspan import toeplitz_attention_with_lse
 from longspan._triton.launch import KernelConfig
 from longspan.conv_basis.impl import guard
+from longspan.conv_basis.impl.recover import shifted_columns
 from longspan.conv_basis.impl.triton import half
-from longspan.conv_basis.ops import toeplitz_fwd
+from longspan.conv_basis.ops import score_columns, toeplitz_fwd
 
 SMALL = {"MIX_TILE": (16, 16), "ROW_TILE": (16, 32), "KERNEL_TILE": (32, 16), "VALUE_TILE": (32, 32)}
 
@@ -93,3 +94,21 @@ def test_rows_without_keys_and_two_chunks(monkeypatch):
     want, want_lse = dense_toeplitz(kernel, value, starts, key_offset, 130, True, 0)
     assert (got.output.double() - want).norm() <= 1e-3 * want.norm()
     assert (got.lse - want_lse)[:, :, 97:].abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_columns_and_their_gradients(dtype, nan_scratch):
+    query, key = torch.randn(2, 4, 71, 20).to(dtype), torch.randn(2, 2, 71, 20).to(dtype)
+    starts = torch.tensor([0, 3, 70, 71]).expand(2, 4, -1).contiguous()
+    key[:, :, 40:] *= 2
+    leaves = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (query, key)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    got, want = score_columns(*leaves, starts, 0.3), shifted_columns(*wide, starts, 0.3)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    seen = want > float("-inf")
+    upstream = torch.randn_like(want) * seen
+    grads = torch.autograd.grad(got, leaves, upstream.float())
+    expected = torch.autograd.grad(want, wide, upstream)
+    for a, b in zip(grads, expected, strict=True):
+        # the interpreter cuts off where the device rounds
+        assert (a.double() - b).norm() <= (6e-3 if dtype is torch.bfloat16 else 5e-4) * b.norm()

@@ -260,7 +260,8 @@ def conv_basis_recover(
             f"{name}: query has {query.shape[2]} tokens but key has {key.shape[2]}. They must be "
             "equal: a column of scores is read from the queries after its key."
         )
-    return _basis(call, config, Impl.EAGER)
+    chosen = Impl.EAGER if triton_refusal(query) else Impl.TRITON
+    return _basis(call, config, chosen)
 
 
 def conv_basis_apply(basis: ConvBasis, value: Tensor) -> Tensor:
@@ -357,12 +358,14 @@ def implementations(call: Call, config: ConvBasisConfig) -> tuple[ImplReport, ..
     why = _why_exact(call, config)
     note = f"exact attention: {why}" if why else "torch's FFT and matrix products"
     refusal = triton_refusal(call.query)
-    if refusal is None and config.recover != "binary":
-        refusal = "only recover='binary' has a Triton kernel (the search)"
+    half = call.query.dtype in (torch.float16, torch.bfloat16)
+    if refusal is None and config.recover != "binary" and not half:
+        refusal = "in float32 only recover='binary' has a Triton kernel (the search)"
     if refusal is None and why:
         refusal = f"the call is computed by exact attention ({why})"
     return (
-        ImplReport(Impl.TRITON, refusal, "one program per head searches the borders; torch's FFT"),
+        ImplReport(Impl.TRITON, refusal,
+                   "half precision: search, columns and engine on tensor cores; float32: the search"),
         ImplReport(Impl.EAGER, None, note),
         ImplReport(Impl.REFERENCE, None, note if why else "dense weights"),
     )
@@ -445,7 +448,7 @@ def _run(
 
 def _basis(call: Call, config: ConvBasisConfig, chosen: Impl) -> ConvBasis:
     from .impl.means import mean_model
-    from .ops import find_starts
+    from .ops import find_starts, score_columns
 
     batch, n = call.key.shape[0], call.key.shape[2]
     device = call.query.device
@@ -464,6 +467,8 @@ def _basis(call: Call, config: ConvBasisConfig, chosen: Impl) -> ConvBasis:
         kernels, key_offset, row_offset = mean_model(
             call.query, call.key, lengths, call.scale, config.rope_base, typical
         )
+    elif chosen is Impl.TRITON and call.query.dtype in (torch.float16, torch.bfloat16):
+        kernels = score_columns(call.query, call.key, starts, call.scale)
     else:
         kernels = shifted_columns(call.query, call.key, starts, call.scale)
     keeps = near > 0

@@ -11,7 +11,7 @@ from .._triton.launch import triton_refusal
 from .config import ConvBasisConfig
 from .impl.engine import make_problem
 
-__all__ = ["exact_heads", "find_starts", "find_violations", "toeplitz_bwd", "toeplitz_fwd"]
+__all__ = ["exact_heads", "find_starts", "find_violations", "score_columns", "toeplitz_bwd", "toeplitz_fwd"]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -54,6 +54,46 @@ def _(
 ) -> Tensor:
     groups = 1 if rest[3] == "means" else num_bases
     return query.new_empty((*query.shape[:2], groups), dtype=torch.int64)
+
+
+@torch.library.custom_op("longspan::conv_basis_columns", mutates_args=())
+def score_columns(query: Tensor, key: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """(B, H, G, N) float32 log-kernels by Triton, see `impl.recover.shifted_columns`."""
+    from .impl.triton.columns import columns
+
+    return columns(query, key, starts, scale)
+
+
+@score_columns.register_fake
+def _(query: Tensor, key: Tensor, starts: Tensor, scale: float) -> Tensor:
+    return query.new_empty((*starts.shape, query.shape[2]), dtype=torch.float32)
+
+
+@torch.library.custom_op("longspan::conv_basis_columns_bwd", mutates_args=())
+def score_columns_bwd(
+    grad: Tensor, query: Tensor, key: Tensor, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key."""
+    from .impl.triton.columns import column_gradients
+
+    return column_gradients(grad, query, key, starts, scale)
+
+
+@score_columns_bwd.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _columns_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _columns_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *score_columns_bwd(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+score_columns.register_autograd(_columns_backward, setup_context=_columns_context)
 
 
 @torch.library.custom_op("longspan::toeplitz_fwd", mutates_args=())
