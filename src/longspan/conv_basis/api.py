@@ -364,8 +364,11 @@ def implementations(call: Call, config: ConvBasisConfig) -> tuple[ImplReport, ..
     if refusal is None and why:
         refusal = f"the call is computed by exact attention ({why})"
     return (
-        ImplReport(Impl.TRITON, refusal,
-                   "half precision: search, columns and engine on tensor cores; float32: the search"),
+        ImplReport(
+            Impl.TRITON,
+            refusal,
+            "half precision: search, columns and engine on tensor cores; float32: the search",
+        ),
         ImplReport(Impl.EAGER, None, note),
         ImplReport(Impl.REFERENCE, None, note if why else "dense weights"),
     )

@@ -11,7 +11,14 @@ from .._triton.launch import triton_refusal
 from .config import ConvBasisConfig
 from .impl.engine import make_problem
 
-__all__ = ["exact_heads", "find_starts", "find_violations", "score_columns", "toeplitz_bwd", "toeplitz_fwd"]
+__all__ = [
+    "exact_heads",
+    "find_starts",
+    "find_violations",
+    "score_columns",
+    "toeplitz_bwd",
+    "toeplitz_fwd",
+]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

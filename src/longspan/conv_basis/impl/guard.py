@@ -10,7 +10,15 @@ from torch import Tensor
 
 from .engine import Problem, block_size, run_backward, run_forward
 
-__all__ = ["DOUBLE", "HALF", "SINGLE", "WEIGHT_BY_WEIGHT", "guarded_backward", "guarded_forward", "log_weights"]
+__all__ = [
+    "DOUBLE",
+    "HALF",
+    "SINGLE",
+    "WEIGHT_BY_WEIGHT",
+    "guarded_backward",
+    "guarded_forward",
+    "log_weights",
+]
 
 SINGLE, DOUBLE, WEIGHT_BY_WEIGHT, HALF = 0, 1, 2, 3  # how a problem was evaluated
 # Estimated relative error of a denominator beyond which precision is raised, by the dtype of the

@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["MIX_TILE", "mix_kernel"]
 
-MIX_TILE = KernelConfig(64, 32, 4, 2)  # row blocks, runs
+MIX_TILE = KernelConfig(64, 32, 8, 1)  # row blocks, runs
 
 
 @triton.jit(do_not_specialize=["runs", "row_blocks", "pieces", "extra"])
@@ -59,9 +59,7 @@ def mix_kernel(
                          other=0.0)  # fmt: skip
         live = far & (factor > 0.0)
         g_real = tl.load(kernel_ptr + place, mask=live, other=0.0) * factor
-        g_imaginary = (
-            tl.load(kernel_ptr + groups * pieces + place, mask=live, other=0.0) * factor
-        )
+        g_imaginary = tl.load(kernel_ptr + groups * pieces + place, mask=live, other=0.0) * factor
         w_real = tl.load(weight_ptr + u, mask=exists, other=0.0)[None, :]
         w_imaginary = tl.load(weight_ptr + runs + u, mask=exists, other=0.0)[None, :]
         den_real += tl.sum(g_real * w_real - g_imaginary * w_imaginary, 1)

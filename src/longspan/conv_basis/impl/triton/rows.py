@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["ROW_TILE", "row_kernel"]
 
-ROW_TILE = KernelConfig(128, 64, 8, 2)  # rows, keys or frequencies
+ROW_TILE = KernelConfig(128, 32, 8, 2)  # rows, keys or frequencies
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "length"])
@@ -47,7 +47,9 @@ def row_kernel(
     if a >= 2:
         mixed_ptr += (problem * row_blocks + a) * (2 * BLOCK * BLOCK_C)
         for first in range(0, 2 * BLOCK, BLOCK_N):
-            back = tl.load(back_ptr + (BLOCK + place[:, None]) * (2 * BLOCK) + first + step[None, :])
+            back = tl.load(
+                back_ptr + (BLOCK + place[:, None]) * (2 * BLOCK) + first + step[None, :]
+            )
             mixed = tl.load(mixed_ptr + (first + step[:, None]) * BLOCK_C + c[None, :])
             acc = tl.dot(back, mixed, acc)
         acc *= load_scale * (tl.load(far_scale_ptr + problem * row_blocks + a) / unit)
@@ -81,5 +83,7 @@ def row_kernel(
     acc = acc * (unit / total)[:, None]
     lse = tl.where(empty, float("-inf"), top + tl.log(total))
     into = output_ptr + (problem * n + row[:, None]) * DIM + c[None, :]
-    tl.store(into, acc.to(output_ptr.dtype.element_ty), mask=(row < n)[:, None] & (c < DIM)[None, :])
+    tl.store(
+        into, acc.to(output_ptr.dtype.element_ty), mask=(row < n)[:, None] & (c < DIM)[None, :]
+    )
     tl.store(lse_ptr + problem * n + row, lse, mask=row < n)

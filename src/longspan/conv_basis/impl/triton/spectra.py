@@ -17,10 +17,16 @@ from torch import Tensor
 
 from ...._triton.launch import KernelConfig
 
-__all__ = ["KERNEL_TILE", "VALUE_TILE", "kernel_spectra_kernel", "transform", "value_spectra_kernel"]
+__all__ = [
+    "KERNEL_TILE",
+    "VALUE_TILE",
+    "kernel_spectra_kernel",
+    "transform",
+    "value_spectra_kernel",
+]
 
 KERNEL_TILE = KernelConfig(128, 64, 8, 2)  # outputs, pieces
-VALUE_TILE = KernelConfig(128, 64, 8, 2)  # outputs, -
+VALUE_TILE = KernelConfig(64, 64, 8, 1)  # outputs, -
 
 
 @functools.lru_cache(maxsize=8)
