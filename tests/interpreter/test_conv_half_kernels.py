@@ -8,7 +8,7 @@ import torch
 from conv_cases import dense_toeplitz
 from longspan import toeplitz_attention_with_lse
 from longspan._triton.launch import KernelConfig
-from longspan.conv_basis.impl import guard
+from longspan.conv_basis.impl import guard, half_guard
 from longspan.conv_basis.impl.recover import shifted_columns
 from longspan.conv_basis.impl.triton import half
 from longspan.conv_basis.ops import score_columns, toeplitz_fwd
@@ -117,3 +117,33 @@ def test_columns_and_their_gradients(dtype, nan_scratch):
     for a, b in zip(grads, expected, strict=True):
         # the interpreter cuts off where the device rounds
         assert (a.double() - b).norm() <= (6e-3 if dtype is torch.bfloat16 else 5e-4) * b.norm()
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize(("n", "lags"), [(150, None), (64, 40), (131, 75)])
+def test_gradients_are_those_of_the_definition(n, lags, offset, nan_scratch):
+    kernel, starts, value = draw(n, lags=lags)
+    key_offset = 0.5 * torch.randn(1, 2, n) if offset else None
+    leaves = [t.requires_grad_() for t in (kernel, value, key_offset) if t is not None]
+    out, lse, path = toeplitz_fwd(kernel, starts, key_offset, value, None, n, True, 0, 0, "auto")
+    assert (path == guard.HALF).all()
+    upstream, upstream_lse = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad((out, lse), leaves, (upstream, upstream_lse))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    want = dense_toeplitz(wide[0], wide[1], starts, wide[2] if offset else None, n, True, 0)
+    want = torch.autograd.grad(want, wide, (upstream.double(), upstream_lse.double()))
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).norm() <= 2e-3 * b.norm()
+
+
+def test_gradients_of_heads_that_spread_go_on_in_float32(monkeypatch):
+    kernel, starts, value = draw(150)
+    leaves = [kernel.requires_grad_(), value.requires_grad_()]
+    out, _, path = toeplitz_fwd(kernel, starts, None, value, None, 150, True, 0, 0, "auto")
+    upstream = torch.randn_like(out)
+    half_precision = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    monkeypatch.setattr(half_guard, "_MAX_SPREAD", 0.0)
+    single = torch.autograd.grad(out, leaves, upstream)
+    for a, b in zip(half_precision, single, strict=True):
+        assert not torch.equal(a, b)
+        assert (a.float() - b.float()).norm() <= 2e-3 * b.float().norm()

@@ -183,6 +183,11 @@ def toeplitz_bwd(
         offset = log_kernel.new_zeros((batch, heads, n_k))
         return torch.zeros_like(log_kernel), offset, torch.zeros_like(value)
     with torch.autocast(value.device.type, enabled=False):
+        if impl != "eager" and _takes_half(log_kernel, value, n_q, is_causal, query_offset, block):
+            from .impl.half_guard import guarded_half_backward
+
+            return guarded_half_backward(grad_output, grad_lse, output, lse, path, log_kernel,
+                                         starts, key_offset, value, hidden)  # fmt: skip
         problem = make_problem(log_kernel, starts, key_offset, value, hidden, n_q, is_causal,
                                query_offset)  # fmt: skip
         wide = _wide(log_kernel)

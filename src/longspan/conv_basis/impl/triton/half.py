@@ -23,6 +23,15 @@ from torch import Tensor
 from ...._triton.interpreter import repair_interpreter
 from ...._triton.launch import interpreting, triton_refusal, unit_last_stride
 from ..layout import Layout, Runs, make_layout, make_runs
+from .back import (
+    BACK_MIX_TILE,
+    PAIR_TILE,
+    SUM_TILE,
+    back_mix_kernel,
+    group_sum_kernel,
+    pair_kernel,
+)
+from .keys import BACK_ROW_TILE, key_kernel
 from .mix import MIX_TILE, mix_kernel
 from .rows import ROW_TILE, row_kernel
 from .spectra import (
@@ -32,8 +41,29 @@ from .spectra import (
     transform,
     value_spectra_kernel,
 )
+from .upstream import UPSTREAM_TILE, upstream_kernel
 
-__all__ = ["BLOCK", "MIN_LENGTH", "half_forward", "takes"]
+__all__ = [
+    "BACK_MIX_TILE",
+    "BACK_ROW_TILE",
+    "BLOCK",
+    "MIN_LENGTH",
+    "PAIR_TILE",
+    "SUM_TILE",
+    "UPSTREAM_TILE",
+    "Spectra",
+    "back_mix_kernel",
+    "group_sum_kernel",
+    "half_forward",
+    "key_kernel",
+    "make_spectra",
+    "padded",
+    "pair_kernel",
+    "problems_at_once",
+    "takes",
+    "transposed",
+    "upstream_kernel",
+]
 
 BLOCK = 256
 MIN_LENGTH = 2048  # below it float32 is as fast
@@ -57,6 +87,9 @@ class Spectra(NamedTuple):
     unit: Tensor  # (R, A): largest |value| in the two near blocks
     weight: Tensor  # (R, U, B): exp(beta - scale of the run)
     noise: Tensor  # (R, A): estimated rounding error of a denominator in units of exp(top)
+    log_pair: Tensor  # (R, A, U): log-scale of piece and run, -inf after the row block
+    scale: Tensor  # (R, G, P): of the pieces
+    starts: Tensor  # (R, G)
 
 
 def takes(
@@ -109,13 +142,16 @@ def half_forward(
     return output, lse, torch.where(noise > 0, noise * torch.exp(unit - least), 0.0 * noise)
 
 
-def problems_at_once(log_kernel: Tensor, value: Tensor) -> int:
+def problems_at_once(log_kernel: Tensor, value: Tensor, is_backward: bool = False) -> int:
     """How many problems fit into the work memory together."""
     n, channels = value.shape[2], padded(value.shape[-1])
     blocks = -(-n // BLOCK)
     runs = blocks + log_kernel.shape[1] - 1
     each = 2 * BLOCK * (2 * channels * (runs + blocks) + 4 * log_kernel.shape[1] * blocks)
-    return max(1, _WORK_BYTES // max(each + 4 * blocks * runs, 1))
+    each += 16 * blocks * runs
+    if is_backward:
+        each = 2 * each + 8 * BLOCK * blocks * runs
+    return max(1, _WORK_BYTES // max(each, 1))
 
 
 def padded(dim: int) -> int:
@@ -169,9 +205,10 @@ def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, 
     piece = torch.arange(pieces, device=device).unsqueeze(-1) - runs.block.unsqueeze(1)
     pair = runs.group.unsqueeze(1) * pieces + piece.clamp(min=0)  # (R, A, U)
     log_pair = torch.gather(scale.flatten(1), 1, pair.flatten(1)).view(pair.shape)
-    log_pair = torch.where(piece >= 2, log_pair + run_scale.unsqueeze(1), float("-inf"))
-    top = log_pair.amax(-1)
-    factor = torch.exp(log_pair - torch.where(top == float("-inf"), 0.0, top).unsqueeze(-1))
+    log_pair = torch.where(piece >= 0, log_pair + run_scale.unsqueeze(1), float("-inf"))
+    far = torch.where(piece >= 2, log_pair, float("-inf"))
+    top = far.amax(-1)
+    factor = torch.exp(far - torch.where(top == float("-inf"), 0.0, top).unsqueeze(-1))
     norms = torch.gather(norm.flatten(1), 1, pair.flatten(1)).view(pair.shape)
     noise = (factor * norms * weight.square().sum(-1).sqrt().unsqueeze(1)).sum(-1)
     far_scale = (factor * value_scale.unsqueeze(1)).amax(-1)
@@ -179,9 +216,9 @@ def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, 
     unit = torch.zeros_like(far_scale).scatter_reduce_(1, runs.block, bound, "amax")
     unit = torch.maximum(unit, torch.nn.functional.pad(unit[:, :-1], (1, 0)))
     unit = torch.where(unit > 0, torch.maximum(unit, 1e-30 * far_scale), far_scale)
+    noise *= _NOISE * torch.finfo(torch.float16).eps
     return Spectra(layout, runs, block, group, kernel, factor, top, spectra, value_scale,
-                   far_scale, unit, weight,
-                   noise * (_NOISE * torch.finfo(torch.float16).eps))  # fmt: skip
+                   far_scale, unit, weight, noise, log_pair, scale, starts)  # fmt: skip
 
 
 def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
