@@ -230,33 +230,20 @@ def ours(run: Run, inputs: tuple[Tensor, ...], passes: list[str]) -> ConvBasis:
 
 TILES = {
     "MIX_TILE": [
-        (64, 32, 8, 1),
         (64, 16, 8, 2),
         (64, 16, 4, 2),
         (32, 32, 4, 2),
+        (32, 32, 8, 2),
         (32, 64, 8, 2),
-        (64, 32, 8, 2),
-        (128, 16, 8, 2),
-    ],
-    "ROW_TILE": [
-        (128, 32, 8, 2),
-        (128, 64, 8, 1),
-        (128, 64, 8, 2),
-        (64, 32, 4, 2),
-        (128, 64, 8, 3),
-        (64, 64, 4, 2),
-    ],
-    "VALUE_TILE": [(64, 0, 8, 1), (64, 0, 8, 2), (128, 0, 8, 1), (128, 0, 8, 2)],
-    "KERNEL_TILE": [(64, 64, 8, 2), (128, 64, 8, 1), (128, 64, 8, 2), (64, 32, 4, 2)],
-    "BACK_MIX_TILE": [
         (64, 32, 8, 1),
-        (64, 16, 8, 2),
-        (64, 16, 4, 2),
-        (32, 32, 4, 2),
-        (32, 64, 8, 2),
     ],
-    "BACK_ROW_TILE": [(128, 32, 8, 2), (128, 64, 8, 1), (64, 32, 4, 2), (64, 64, 8, 2)],
-    "PAIR_TILE": [(32, 32, 4, 2), (32, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2)],
+    "ROW_TILE": [(128, 32, 8, 2), (128, 64, 8, 1), (64, 32, 4, 2), (128, 64, 8, 2)],
+    "VALUE_TILE": [(64, 0, 8, 1), (64, 0, 8, 2), (128, 0, 8, 1)],
+    "KERNEL_TILE": [(128, 32, 8, 2), (64, 64, 8, 2), (128, 64, 8, 1), (64, 32, 8, 1)],
+    "BACK_MIX_TILE": [(64, 16, 8, 2), (64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)],
+    "BACK_ROW_TILE": [(128, 32, 8, 2), (128, 64, 8, 1), (64, 32, 4, 2)],
+    "PAIR_TILE": [(32, 64, 8, 1), (32, 32, 4, 1), (64, 64, 8, 1), (16, 64, 4, 1)],
+    "SUM_TILE": [(16, 128, 4, 1), (8, 64, 2, 1), (32, 64, 4, 1)],
 }  # of the kernels for half precision: rows, columns, warps, stages
 
 
@@ -286,7 +273,7 @@ def tune(run: Run, inputs: tuple[Tensor, ...], basis: ConvBasis) -> None:
         if not hasattr(half, name):
             continue
         before = getattr(half, name)
-        is_back = name.startswith(("BACK", "PAIR"))
+        is_back = name.startswith(("BACK", "PAIR", "SUM"))
         for tile in tiles:
             setattr(half, name, KernelConfig(*tile))
             try:

@@ -132,10 +132,9 @@ def rough(n, groups=5, heads=4):
     return kernel[None].cuda(), starts[None].cuda()
 
 
-@pytest.mark.parametrize("dim", [20, 64, 128])
+@pytest.mark.parametrize("dim", [20, 128])
 @pytest.mark.parametrize("n", [2048, 4099])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, False), (torch.float16, True)])
 def test_half_engine_row_by_row(dim, n, dtype, offset, nan_scratch):
     kernel, starts = rough(n)
     value = torch.randn(1, n, 2, dim, device="cuda").to(dtype).transpose(1, 2)
@@ -192,3 +191,25 @@ def test_columns_and_their_gradients(dtype, dim, nan_scratch):
     expected = torch.autograd.grad(want, wide, upstream)
     for a, b in zip(grads, expected, strict=True):
         assert (a.double() - b).norm() <= (3e-3 if dtype is torch.bfloat16 else 5e-4) * b.norm()
+
+
+@pytest.mark.parametrize(("dtype", "dim", "offset"), [
+    (torch.bfloat16, 128, False), (torch.bfloat16, 20, True), (torch.float16, 64, True),
+])  # fmt: skip
+def test_half_gradients(dtype, dim, offset, nan_scratch):
+    n = 3001
+    kernel, starts = rough(n)
+    value = torch.randn(1, n, 2, dim, device="cuda").to(dtype).transpose(1, 2)
+    key_offset = 0.5 * torch.randn(1, 4, n, device="cuda") if offset else None
+    leaves = [t.requires_grad_() for t in (kernel, value, key_offset) if t is not None]
+    out, lse, path = toeplitz_fwd(kernel, starts, key_offset, value, None, n, True, 0, 0, "auto")
+    assert (path == guard.HALF).all()
+    upstream, upstream_lse = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad((out, lse), leaves, (upstream, upstream_lse), retain_graph=True)
+    again = torch.autograd.grad((out, lse), leaves, (upstream, upstream_lse))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    want = dense_toeplitz(wide[0], wide[1], starts, wide[2] if offset else None, n, True, 0)
+    want = torch.autograd.grad(want, wide, (upstream.double(), upstream_lse.double()))
+    for a, b, c in zip(got, want, again, strict=True):
+        assert (a.double() - b).norm() <= 4e-3 * b.norm()
+        assert torch.equal(a, c)

@@ -10,7 +10,7 @@ from ...._triton.launch import KernelConfig
 __all__ = ["BACK_MIX_TILE", "PAIR_TILE", "SUM_TILE", "back_mix_kernel", "group_sum_kernel",
            "pair_kernel"]  # fmt: skip
 
-BACK_MIX_TILE = KernelConfig(64, 32, 8, 1)  # runs, row blocks
+BACK_MIX_TILE = KernelConfig(64, 16, 8, 2)  # runs, row blocks
 PAIR_TILE = KernelConfig(32, 64, 8, 1)  # runs, row blocks
 SUM_TILE = KernelConfig(16, 128, 4, 1)  # runs, pieces
 
@@ -53,9 +53,7 @@ def back_mix_kernel(
         factor = tl.load(factor_ptr + a[None, :] * runs + u[:, None], mask=far, other=0.0)
         live = far & (factor > 0.0)
         g_real = tl.load(kernel_ptr + place, mask=live, other=0.0) * factor
-        g_imaginary = (
-            tl.load(kernel_ptr + groups * pieces + place, mask=live, other=0.0) * factor
-        )
+        g_imaginary = tl.load(kernel_ptr + groups * pieces + place, mask=live, other=0.0) * factor
         l_real = tl.load(last_ptr + a, mask=inside, other=0.0)[None, :]
         l_imaginary = tl.load(last_ptr + row_blocks + a, mask=inside, other=0.0)[None, :]
         last_real += tl.sum(g_real * l_real + g_imaginary * l_imaginary, 1)

@@ -6,17 +6,35 @@ from typing import Any
 
 from ...._triton.aot import AotCase
 from ...._triton.launch import KernelConfig
+from .back import (
+    BACK_MIX_TILE,
+    PAIR_TILE,
+    SUM_TILE,
+    back_mix_kernel,
+    group_sum_kernel,
+    pair_kernel,
+)
+from .columns import BACK_TILE, COLUMN_TILE, column_gradients_kernel, columns_kernel
 from .half import BLOCK
+from .keys import BACK_ROW_TILE, key_kernel
 from .mix import MIX_TILE, mix_kernel
 from .rows import ROW_TILE, row_kernel
 from .search import SIZES, _conv_basis_search_kernel
 from .spectra import KERNEL_TILE, VALUE_TILE, kernel_spectra_kernel, value_spectra_kernel
+from .upstream import UPSTREAM_TILE, upstream_kernel
 
 __all__ = ["cases"]
 
 _TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
-_HALF = {"high_ptr", "low_ptr", "back_ptr", "mixed_ptr"}  # float16 in every case
-_INT32 = {"run_block_ptr", "run_group_ptr", "group_ptr"}
+_HALF = {
+    "high_ptr",
+    "low_ptr",
+    "back_ptr",
+    "turn_ptr",
+    "mixed_ptr",
+    "upstream_ptr",
+}  # float16 in every case
+_INT32 = {"run_block_ptr", "run_group_ptr", "group_ptr", "first_ptr"}
 _INT64 = {"starts_ptr", "run_start_ptr", "run_end_ptr", "lengths_ptr"}
 
 
@@ -35,13 +53,29 @@ def cases(capability: int) -> list[AotCase]:
 def _engine() -> list[AotCase]:
     found = [
         _case("kernel_spectra", kernel_spectra_kernel, KERNEL_TILE, "*fp32", set(), BLOCK=BLOCK,
-              BLOCK_F=KERNEL_TILE.block_m, BLOCK_P=KERNEL_TILE.block_n, BLOCK_K=64)
+              BLOCK_F=KERNEL_TILE.block_m, BLOCK_P=KERNEL_TILE.block_n, BLOCK_K=64),
+        _case("group_sum", group_sum_kernel, SUM_TILE, "*fp32", set(), BLOCK=BLOCK,
+              BLOCK_U=SUM_TILE.block_m, BLOCK_P=SUM_TILE.block_n),
     ]  # fmt: skip
     for dim in (64, 128):
         shape: dict[str, Any] = {"BLOCK": BLOCK, "BLOCK_C": dim}
         rows: dict[str, Any] = {"GROUP": 1, "DIM": dim, **shape}
         found.append(_case(f"mix/d{dim}", mix_kernel, MIX_TILE, "*fp16", {"value_ptr"}, **shape,
                            BLOCK_A=MIX_TILE.block_m, BLOCK_U=MIX_TILE.block_n))  # fmt: skip
+        found.append(_case(f"back_mix/d{dim}", back_mix_kernel, BACK_MIX_TILE, "*fp32", set(),
+                           **shape, BLOCK_U=BACK_MIX_TILE.block_m,
+                           BLOCK_A=BACK_MIX_TILE.block_n))  # fmt: skip
+        found.append(_case(f"pair/d{dim}", pair_kernel, PAIR_TILE, "*fp16", {"value_ptr"}, **shape,
+                           BLOCK_U=PAIR_TILE.block_m, BLOCK_A=PAIR_TILE.block_n))  # fmt: skip
+        found.append(_case(f"upstream/bfloat16/d{dim}", upstream_kernel, UPSTREAM_TILE, "*bf16",
+                           {"grad_ptr", "output_ptr"}, DIM=dim, **shape,
+                           BLOCK_F=UPSTREAM_TILE.block_m, HAS_GRAD_LSE=False))  # fmt: skip
+        inputs = {"GROUP": 1, "DIM": dim, "BLOCK_D": dim, "BLOCK_G": 16, "UPCAST": False}
+        found.append(_case(f"columns/bfloat16/d{dim}", columns_kernel, COLUMN_TILE, "*bf16", set(),
+                           **inputs, BLOCK_M=COLUMN_TILE.block_m))  # fmt: skip
+        found.append(_case(f"column_gradients/bfloat16/d{dim}", column_gradients_kernel, BACK_TILE,
+                           "*bf16", {"grad_q_ptr"}, **inputs, BLOCK_M=BACK_TILE.block_m,
+                           SPLIT=2048))  # fmt: skip
         for offset in (False, True):
             name = f"bfloat16/d{dim}" + ("/offset" if offset else "")
             found.append(_case(f"value_spectra/{name}", value_spectra_kernel, VALUE_TILE, "*bf16",
@@ -50,6 +84,10 @@ def _engine() -> list[AotCase]:
             found.append(_case(f"rows/{name}", row_kernel, ROW_TILE, "*bf16",
                                {"value_ptr", "output_ptr"}, **rows, BLOCK_M=ROW_TILE.block_m,
                                BLOCK_N=ROW_TILE.block_n, HAS_OFFSET=offset))  # fmt: skip
+            found.append(_case(f"keys/{name}", key_kernel, BACK_ROW_TILE, "*bf16",
+                               {"value_ptr", "grad_ptr", "grad_value_ptr"}, **rows,
+                               BLOCK_M=BACK_ROW_TILE.block_m, BLOCK_N=BACK_ROW_TILE.block_n,
+                               HAS_OFFSET=offset))  # fmt: skip
     return found
 
 
@@ -62,7 +100,9 @@ def _case(name: str, kernel: Any, tile: KernelConfig, pointer: str, own: set[str
             continue
         if argument in own or argument in {"q_ptr", "k_ptr"}:
             signature[argument] = pointer
-        elif argument in _HALF or (argument == "spectra_ptr" and kernel is value_spectra_kernel):
+        elif argument in _HALF or (
+            argument == "spectra_ptr" and kernel in (value_spectra_kernel, upstream_kernel)
+        ):
             signature[argument] = "*fp16"
         elif argument in _INT32 or argument in _INT64 or argument.endswith("_ptr"):
             integer = "*i32" if argument in _INT32 else "*i64"

@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["MIX_TILE", "mix_kernel"]
 
-MIX_TILE = KernelConfig(64, 32, 8, 1)  # row blocks, runs
+MIX_TILE = KernelConfig(64, 16, 8, 2)  # row blocks, runs
 
 
 @triton.jit(do_not_specialize=["runs", "row_blocks", "pieces", "extra"])
