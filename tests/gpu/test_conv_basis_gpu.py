@@ -10,6 +10,7 @@ import torch
 from conv_cases import dense_toeplitz, planted
 from longspan import ConvBasisConfig, conv_basis_attention_with_lse, exact_attention_with_lse
 from longspan.conv_basis.impl import guard
+from longspan.conv_basis.impl.certificate import sample_distances
 from longspan.conv_basis.impl.recover import recover_starts, shifted_columns
 from longspan.conv_basis.impl.triton.search import search_starts
 from longspan.conv_basis.ops import score_columns, toeplitz_fwd
@@ -213,3 +214,19 @@ def test_half_gradients(dtype, dim, offset, nan_scratch):
     for a, b, c in zip(got, want, again, strict=True):
         assert (a.double() - b).norm() <= 4e-3 * b.norm()
         assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_distances_of_sampled_rows(dtype, nan_scratch):
+    n = 3000
+    query, key = (torch.randn(2, h, n, 64, device="cuda").to(dtype) for h in (4, 2))
+    lengths = torch.tensor([n, 1700], device="cuda")
+    key[1, :, 1700:] = float("nan")
+    starts = torch.tensor([0, 300, 1801], device="cuda").expand(2, 4, -1).contiguous()
+    kernel, row_offset = torch.randn(2, 4, 3, n, device="cuda"), torch.randn(2, 4, n, device="cuda")
+    lse = 7 + torch.rand(2, 4, n, device="cuda")
+    arguments = (query, key, lengths, kernel, starts, None, row_offset, lse, 0.125, 9, 2, 64, 0)
+    got, want = sample_distances(*arguments), sample_distances(*arguments, impl="eager")
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got[2], want[2], rtol=1e-3, atol=1e-3)

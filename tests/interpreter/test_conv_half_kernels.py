@@ -9,6 +9,7 @@ from conv_cases import dense_toeplitz
 from longspan import toeplitz_attention_with_lse
 from longspan._triton.launch import KernelConfig
 from longspan.conv_basis.impl import guard, half_guard
+from longspan.conv_basis.impl.certificate import sample_distances
 from longspan.conv_basis.impl.recover import shifted_columns
 from longspan.conv_basis.impl.triton import half
 from longspan.conv_basis.ops import score_columns, toeplitz_fwd
@@ -139,7 +140,7 @@ def test_gradients_are_those_of_the_definition(n, lags, offset, nan_scratch):
 def test_gradients_of_heads_that_spread_go_on_in_float32(monkeypatch):
     kernel, starts, value = draw(150)
     leaves = [kernel.requires_grad_(), value.requires_grad_()]
-    out, _, path = toeplitz_fwd(kernel, starts, None, value, None, 150, True, 0, 0, "auto")
+    out, _, _ = toeplitz_fwd(kernel, starts, None, value, None, 150, True, 0, 0, "auto")
     upstream = torch.randn_like(out)
     half_precision = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
     monkeypatch.setattr(half_guard, "_MAX_SPREAD", 0.0)
@@ -147,3 +148,22 @@ def test_gradients_of_heads_that_spread_go_on_in_float32(monkeypatch):
     for a, b in zip(half_precision, single, strict=True):
         assert not torch.equal(a, b)
         assert (a.float() - b.float()).norm() <= 2e-3 * b.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("near", "sinks", "offsets"), [(0, 0, False), (9, 2, True)])
+def test_distances_of_sampled_rows(near, sinks, offsets, dtype, nan_scratch):
+    n = 75
+    query, key = torch.randn(2, 4, n, 20).to(dtype), torch.randn(2, 2, n, 20).to(dtype)
+    lengths = torch.tensor([n, 44])
+    key[1, :, 44:] = float("nan")
+    starts = torch.tensor([0, 30, 61]).expand(2, 4, -1).contiguous()
+    kernel = torch.randn(2, 4, 3, n)
+    key_offset, row_offset = (torch.randn(2, 4, n) if offsets else None for _ in range(2))
+    lse = 3 + torch.rand(2, 4, n)
+    arguments = (query, key, lengths, kernel, starts, key_offset, row_offset, lse, 0.3, near,
+                 sinks, 20, 0)  # fmt: skip
+    got, want = sample_distances(*arguments), sample_distances(*arguments, impl="eager")
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[2], want[2], rtol=1e-4, atol=1e-4)

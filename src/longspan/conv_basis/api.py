@@ -446,7 +446,7 @@ def _run(
         else:
             basis = _basis(call, config, chosen)
             part = basis.apply(call.value, "auto" if chosen is Impl.TRITON else "eager")
-        return _with_fallback(call, basis, part, config, seed)
+        return _with_fallback(call, basis, part, config, seed, chosen)
 
 
 def _basis(call: Call, config: ConvBasisConfig, chosen: Impl) -> ConvBasis:
@@ -484,7 +484,12 @@ def _basis(call: Call, config: ConvBasisConfig, chosen: Impl) -> ConvBasis:
 
 
 def _with_fallback(
-    call: Call, basis: ConvBasis, part: AttentionOutput, config: ConvBasisConfig, seed: int
+    call: Call,
+    basis: ConvBasis,
+    part: AttentionOutput,
+    config: ConvBasisConfig,
+    seed: int,
+    impl: Impl,
 ) -> AttentionOutput:
     from .ops import exact_heads, find_violations
 
@@ -496,6 +501,7 @@ def _with_fallback(
             call.query.detach(), call.key.detach(), basis.lengths, basis.log_kernels.detach(),
             basis.starts, *detached, part.lse.detach(), call.scale, basis.near, basis.num_sinks,
             config.check_rows, config.max_tv, config.on_violation, seed,
+            "auto" if impl is Impl.TRITON else "eager",
         )  # fmt: skip
     else:
         chosen = torch.zeros(call.query.shape[:2], dtype=torch.bool, device=call.query.device)

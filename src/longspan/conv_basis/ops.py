@@ -266,6 +266,7 @@ def find_violations(
     max_tv: float,
     on_violation: str,
     seed: int,
+    impl: str,
 ) -> Tensor:
     """(B, H) bool: heads whose sampled total variation exceeds max_tv; may warn or raise."""
     from .impl.certificate import act_on_violations, sample_distances
@@ -273,7 +274,7 @@ def find_violations(
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         _, distances, _ = sample_distances(
             query, key, lengths, log_kernel, starts, key_offset, row_offset, lse, scale, near,
-            num_sinks, check_rows, seed, with_residual=False,
+            num_sinks, check_rows, seed, with_residual=False, impl=impl,
         )  # fmt: skip
         return act_on_violations(distances, max_tv, on_violation)
 

@@ -15,6 +15,7 @@ from .back import (
     pair_kernel,
 )
 from .columns import BACK_TILE, COLUMN_TILE, column_gradients_kernel, columns_kernel
+from .distances import DISTANCE_TILE, distance_kernel
 from .half import BLOCK
 from .keys import BACK_ROW_TILE, key_kernel
 from .mix import MIX_TILE, mix_kernel
@@ -35,7 +36,7 @@ _HALF = {
     "upstream_ptr",
 }  # float16 in every case
 _INT32 = {"run_block_ptr", "run_group_ptr", "group_ptr", "first_ptr"}
-_INT64 = {"starts_ptr", "run_start_ptr", "run_end_ptr", "lengths_ptr"}
+_INT64 = {"rows_ptr", "starts_ptr", "run_start_ptr", "run_end_ptr", "lengths_ptr"}
 
 
 def cases(capability: int) -> list[AotCase]:
@@ -76,6 +77,12 @@ def _engine() -> list[AotCase]:
         found.append(_case(f"column_gradients/bfloat16/d{dim}", column_gradients_kernel, BACK_TILE,
                            "*bf16", {"grad_q_ptr"}, **inputs, BLOCK_M=BACK_TILE.block_m,
                            SPLIT=2048))  # fmt: skip
+        for second in (False, True):
+            found.append(_case(f"distances/{int(second)}/bfloat16/d{dim}", distance_kernel,
+                               DISTANCE_TILE, "*bf16", set(), GROUP=1, DIM=dim, BLOCK_D=dim,
+                               BLOCK_M=DISTANCE_TILE.block_m, BLOCK_N=DISTANCE_TILE.block_n,
+                               SPLIT=2048, IS_SECOND=second, HAS_KEY_OFFSET=False,
+                               HAS_ROW_OFFSET=False, UPCAST=False))  # fmt: skip
         for offset in (False, True):
             name = f"bfloat16/d{dim}" + ("/offset" if offset else "")
             found.append(_case(f"value_spectra/{name}", value_spectra_kernel, VALUE_TILE, "*bf16",
@@ -110,6 +117,8 @@ def _case(name: str, kernel: Any, tile: KernelConfig, pointer: str, own: set[str
         else:
             scalars = {"scale", "each", "store_scale", "load_scale"}
             signature[argument] = "fp32" if argument in scalars else "i32"
+    if kernel is distance_kernel:
+        signature["first_ptr"] = "*fp32"
     if kernel is _conv_basis_search_kernel:
         signature["starts_ptr"] = "*i64"
     return AotCase(

@@ -135,7 +135,7 @@ def _values(
     n = value.shape[2]
     device = value.device
     blocks, total = spectra.layout.row_blocks, spectra.block.shape[1]
-    high, _, matrix = transform(block, device)
+    _, _, matrix = transform(block, device)
     steps = torch.arange(blocks, device=device).unsqueeze(-1)
     far = torch.where(steps - spectra.runs.block.unsqueeze(1) >= 2, factor, 0.0)
     back_scale = (far * up_scale.unsqueeze(-1)).amax(1)  # (R, U)

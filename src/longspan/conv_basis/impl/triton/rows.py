@@ -62,8 +62,8 @@ def row_kernel(
         group = tl.load(group_ptr + key, mask=exists, other=0)
         lag = row[:, None] - key[None, :]
         seen = (lag >= 0) & (lag < length) & exists[None, :]
-        score = tl.load(log_kernel_ptr + group[None, :] * length + lag, mask=seen,
-                        other=float("-inf"))  # fmt: skip
+        kernel = log_kernel_ptr + group.to(tl.int64) * length
+        score = tl.load(kernel[None, :] + lag, mask=seen, other=float("-inf"))
         if HAS_OFFSET:
             offset = tl.load(offset_ptr + key, mask=exists, other=float("-inf"))
             score += offset[None, :]
