@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["ROW_TILE", "row_kernel"]
 
-ROW_TILE = KernelConfig(128, 32, 8, 2)  # rows, keys or frequencies
+ROW_TILE = KernelConfig(128, 32, 8, 1)  # rows, keys or frequencies
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "length"])
