@@ -31,8 +31,8 @@ def guarded_half_forward(
     begin = starts.flatten(0, 1).clone()
     begin[:, 0] = 0
     offset = None if key_offset is None else key_offset.float().flatten(0, 1)
-    rows = None if hidden is None else hidden.repeat_interleave(heads, 0)
-    output, lse, ratio = half_forward(log_kernel.float().flatten(0, 1), begin, offset, value, rows)
+    flat = log_kernel.float().flatten(0, 1)
+    output, lse, ratio = half_forward(flat, begin, offset, value, hidden)
     path = torch.full((batch * heads,), HALF, dtype=torch.uint8, device=value.device)
     bad = (~(ratio <= HALF_TOLERANCE[value.dtype])).any(1)  # NaN is bad
     group = heads // value.shape[1]

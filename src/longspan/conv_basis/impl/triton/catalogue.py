@@ -90,7 +90,7 @@ def _engine() -> list[AotCase]:
                                HAS_OFFSET=offset))  # fmt: skip
             found.append(_case(f"rows/{name}", row_kernel, ROW_TILE, "*bf16",
                                {"value_ptr", "output_ptr"}, **rows, BLOCK_M=ROW_TILE.block_m,
-                               BLOCK_N=ROW_TILE.block_n, HAS_OFFSET=offset))  # fmt: skip
+                               BLOCK_N=ROW_TILE.block_n, HAS_OFFSET=offset, HAS_HIDDEN=True))  # fmt: skip
             found.append(_case(f"keys/{name}", key_kernel, BACK_ROW_TILE, "*bf16",
                                {"value_ptr", "grad_ptr", "grad_value_ptr"}, **rows,
                                BLOCK_M=BACK_ROW_TILE.block_m, BLOCK_N=BACK_ROW_TILE.block_n,
@@ -117,6 +117,8 @@ def _case(name: str, kernel: Any, tile: KernelConfig, pointer: str, own: set[str
         else:
             scalars = {"scale", "each", "store_scale", "load_scale"}
             signature[argument] = "fp32" if argument in scalars else "i32"
+    if "hidden_ptr" in signature:
+        signature["hidden_ptr"] = "*u8"
     if kernel is distance_kernel:
         signature["first_ptr"] = "*fp32"
     if kernel is _conv_basis_search_kernel:

@@ -14,6 +14,7 @@ float32. Nothing but V, its spectra, those of the rows and the output crosses me
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ def half_forward(
     """Output (R, N, D_v) in the dtype of `value`, lse (R, N) float32, noise-to-signal (R, A).
 
     log_kernel (R, G, L) float32 and starts (R, G) int64, the first 0; key_offset (R, N) float32;
-    value (B, H_kv, N, D_v), R = B H; hidden (R, N) bool: rows that see no key (-inf in kernels
+    value (B, H_kv, N, D_v), R = B H; hidden (B, N) bool: rows that see no key (-inf in kernels
     leaves rounding errors there). No device synchronisation.
     """
     if interpreting():
@@ -130,11 +131,8 @@ def half_forward(
     for first in range(0, count, step):
         part = slice(first, min(first + step, count))
         offset = None if key_offset is None else key_offset[part].contiguous()
-        _forward(log_kernel[part].contiguous(), starts[part].contiguous(), offset, value, first,
-                 count, output[part], lse[part], scale[:, part])  # fmt: skip
-    if hidden is not None:
-        output.masked_fill_(hidden.unsqueeze(-1), 0.0)
-        lse.masked_fill_(hidden, float("-inf"))
+        _forward(log_kernel[part].contiguous(), starts[part].contiguous(), offset, value, hidden,
+                 first, count, output[part], lse[part], scale[:, part])  # fmt: skip
     padded_lse = torch.nn.functional.pad(lse, (0, blocks * BLOCK - n), value=float("-inf"))
     least = padded_lse.view(count, blocks, BLOCK)
     least = torch.where(least == float("-inf"), float("inf"), least).amin(-1)
@@ -222,7 +220,8 @@ def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, 
 
 
 def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
-             first: int, count: int, output: Tensor, lse: Tensor, scale: Tensor) -> None:  # fmt: skip
+             hidden: Tensor | None, first: int, count: int, output: Tensor, lse: Tensor,
+             scale: Tensor) -> None:  # fmt: skip
     spectra = make_spectra(log_kernel, starts, key_offset, value, first, count)
     rows, groups, length = log_kernel.shape
     n, dim = value.shape[2:]
@@ -247,18 +246,20 @@ def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, valu
     tile = ROW_TILE
     block_m = min(tile.block_m, BLOCK)
     heads = count // value.shape[0]
+    far_value = transposed(BLOCK, device)[BLOCK:] @ mixed.flatten(0, 1)  # (R A, B, C) float16
     row_kernel[(rows * blocks * (BLOCK // block_m),)](
-        mixed, transposed(BLOCK, device), far, spectra.top, spectra.far_scale, spectra.unit,
-        log_kernel,
-        log_kernel if key_offset is None else key_offset, of_key, value, output, lse,
+        far_value, far, spectra.top, spectra.far_scale, spectra.unit, log_kernel,
+        log_kernel if key_offset is None else key_offset, of_key,
+        of_key if hidden is None else hidden.contiguous().view(torch.uint8), value, output, lse,
         *value.stride()[:3], n, blocks, length, heads, groups, first, 1.0 / store_scale,
         GROUP=heads // value.shape[1], DIM=dim, BLOCK=BLOCK, BLOCK_C=channels, BLOCK_M=block_m,
         BLOCK_N=min(tile.block_n, BLOCK), HAS_OFFSET=key_offset is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        HAS_HIDDEN=hidden is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     torch.stack((spectra.noise, spectra.top), out=scale)
 
 
+@functools.lru_cache(maxsize=8)
 def transposed(block: int, device: torch.device) -> Tensor:
     """W (2 B, 2 B) in float16, one row for each place in time."""
     return transform(block, device)[0].T.contiguous()

@@ -157,8 +157,9 @@ def _values(
     tile = half.BACK_ROW_TILE
     block_m = min(tile.block_m, block)
     heads = count // value.shape[0]
+    far_value = half.transposed(block, device)[:block] @ back.flatten(0, 1)  # (R U, B, C)
     half.key_kernel[(rows * total * (block // block_m),)](
-        back, half.transposed(block, device), back_scale, spectra.weight, last_far, unit, last,
+        far_value, back_scale, spectra.weight, last_far, unit, last,
         lse, log_kernel, log_kernel if key_offset is None else key_offset, spectra.block,
         spectra.group, spectra.runs.start, spectra.runs.end, value, grad, grad_value, grad_key,
         *value.stride()[:3], n, blocks, total, length, heads, groups, first, 1.0 / store_scale,

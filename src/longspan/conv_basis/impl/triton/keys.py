@@ -9,12 +9,12 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["BACK_ROW_TILE", "key_kernel"]
 
-BACK_ROW_TILE = KernelConfig(128, 32, 8, 2)  # keys, rows or frequencies
+BACK_ROW_TILE = KernelConfig(64, 32, 4, 2)  # keys, rows
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "runs", "length"])
 def key_kernel(
-    back_ptr, turn_ptr, back_scale_ptr, weight_ptr, last_far_ptr, unit_ptr, last_ptr, lse_ptr,
+    far_value_ptr, back_scale_ptr, weight_ptr, last_far_ptr, unit_ptr, last_ptr, lse_ptr,
     log_kernel_ptr, offset_ptr, run_block_ptr, run_group_ptr, run_start_ptr, run_end_ptr,
     value_ptr, grad_ptr, grad_value_ptr, grad_key_ptr,
     stride_vb, stride_vh, stride_vn,
@@ -40,17 +40,11 @@ def key_kernel(
         c = tl.arange(0, BLOCK_C)
         step = tl.arange(0, BLOCK_N)
         unit = tl.load(unit_ptr + problem * row_blocks + block)
-        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        back_ptr += run * (2 * BLOCK * BLOCK_C)
-        if block + 2 < row_blocks:
-            for first in range(0, 2 * BLOCK, BLOCK_N):
-                turn = tl.load(turn_ptr + place[:, None] * (2 * BLOCK) + first + step[None, :])
-                back = tl.load(back_ptr + (first + step[:, None]) * BLOCK_C + c[None, :])
-                acc = tl.dot(turn, back, acc)
-            acc *= load_scale * (tl.load(back_scale_ptr + run) / unit)
+        far_value = tl.load(far_value_ptr + (run * BLOCK + place[:, None]) * BLOCK_C + c[None, :])
+        scale = load_scale * (tl.load(back_scale_ptr + run) / unit)
         weight = tl.load(weight_ptr + run * BLOCK + place)
-        acc *= weight[:, None]
-        total = weight * tl.load(last_far_ptr + run * BLOCK + place)
+        acc = far_value.to(tl.float32) * (weight * scale)[:, None]
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         kernel = log_kernel_ptr + (problem * groups + group) * length
         if HAS_OFFSET:
             offset = tl.load(offset_ptr + problem * n + key, mask=mine, other=float("-inf"))
@@ -66,12 +60,13 @@ def key_kernel(
             score = tl.load(kernel + lag, mask=seen, other=float("-inf")) + offset[:, None]
             p = tl.exp(score - tl.where(live, lse, 0.0)[None, :])
             last = tl.load(last_ptr + problem * n + row, mask=inside, other=0.0)
-            total += tl.sum(p * last[None, :], 1)
+            sums += p * last[None, :]
             grad = tl.load(grad_ptr + (problem * n + row[:, None]) * DIM + c[None, :],
                            mask=inside[:, None] & (c < DIM)[None, :], other=0.0)  # fmt: skip
             narrow = (grad.to(tl.float32) * (1.0 / unit)).to(tl.float16)
             acc = tl.dot(p.to(tl.float16), narrow, acc)
         acc *= unit
+        total = tl.sum(sums, 1) + weight * tl.load(last_far_ptr + run * BLOCK + place)
         actual = problem + first_problem
         value_ptr += actual // heads * stride_vb + (actual % heads) // GROUP * stride_vh
         used = mine[:, None] & (c < DIM)[None, :]

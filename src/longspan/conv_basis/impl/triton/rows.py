@@ -1,4 +1,4 @@
-"""Rows of the output: the far part back from its spectra, the near blocks weight by weight."""
+"""Rows of the output: the near blocks weight by weight, on top of the far part."""
 
 from __future__ import annotations
 
@@ -9,22 +9,39 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["ROW_TILE", "row_kernel"]
 
-ROW_TILE = KernelConfig(128, 32, 8, 1)  # rows, keys or frequencies
+ROW_TILE = KernelConfig(64, 32, 4, 2)  # rows, keys
+
+
+@triton.jit
+def _scores(
+    log_kernel_ptr, offset_ptr, group_ptr, row, key, n, length, HAS_OFFSET: tl.constexpr
+):  # fmt: skip
+    """c_g(i - j) + beta_j of a tile; -inf where there is none."""
+    exists = key < n
+    group = tl.load(group_ptr + key, mask=exists, other=0)
+    lag = row[:, None] - key[None, :]
+    seen = (lag >= 0) & (lag < length) & exists[None, :]
+    kernel = log_kernel_ptr + group.to(tl.int64) * length
+    score = tl.load(kernel[None, :] + lag, mask=seen, other=float("-inf"))
+    if HAS_OFFSET:
+        score += tl.load(offset_ptr + key, mask=exists, other=float("-inf"))[None, :]
+    return score
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "length"])
 def row_kernel(
-    mixed_ptr, back_ptr, far_ptr, top_ptr, far_scale_ptr, unit_ptr, log_kernel_ptr, offset_ptr, group_ptr,
-    value_ptr, output_ptr, lse_ptr,
+    far_value_ptr, far_ptr, top_ptr, far_scale_ptr, unit_ptr, log_kernel_ptr, offset_ptr,
+    group_ptr, hidden_ptr, value_ptr, output_ptr, lse_ptr,
     stride_vb, stride_vh, stride_vn,
     n, row_blocks, length, heads, groups, first_problem, load_scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """output = (far numerator + near numerator) / (far + near denominator), and lse.
 
-    The running maximum starts at the scale of the far part, as in an online softmax. Weights and
-    values / `unit` are multiplied in float16.
+    One pass over the scores finds the row's scale, a second one multiplies: nothing is rescaled.
+    Weights and values / `unit` are multiplied in float16.
     """
     tiles: tl.constexpr = BLOCK // BLOCK_M
     program = tl.program_id(0)
@@ -40,50 +57,46 @@ def row_kernel(
     row = a * BLOCK + place
     c = tl.arange(0, BLOCK_C)
     step = tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    top = tl.zeros((BLOCK_M,), tl.float32) + tl.load(top_ptr + problem * row_blocks + a)
-    far = tl.load(far_ptr + (problem * row_blocks + a) * BLOCK + place)
-    unit = tl.load(unit_ptr + problem * row_blocks + a)
-    if a >= 2:
-        mixed_ptr += (problem * row_blocks + a) * (2 * BLOCK * BLOCK_C)
-        for first in range(0, 2 * BLOCK, BLOCK_N):
-            back = tl.load(
-                back_ptr + (BLOCK + place[:, None]) * (2 * BLOCK) + first + step[None, :]
-            )
-            mixed = tl.load(mixed_ptr + (first + step[:, None]) * BLOCK_C + c[None, :])
-            acc = tl.dot(back, mixed, acc)
-        acc *= load_scale * (tl.load(far_scale_ptr + problem * row_blocks + a) / unit)
-    total = tl.where(far > 0.0, far, 0.0)
-    acc = tl.where(far[:, None] > 0.0, acc, 0.0)
-    top = tl.where(far > 0.0, top, float("-inf"))
-    for first in range(tl.maximum(a - 1, 0) * BLOCK, a * BLOCK + tile * BLOCK_M + BLOCK_M, BLOCK_N):
+    begin = tl.maximum(a - 1, 0) * BLOCK
+    end = tl.minimum(a * BLOCK + tile * BLOCK_M + BLOCK_M, n)
+
+    best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        best = tl.maximum(best, _scores(log_kernel_ptr, offset_ptr, group_ptr, row, first + step, n,
+                                        length, HAS_OFFSET))  # fmt: skip
+    block = problem * row_blocks + a
+    far = tl.load(far_ptr + block * BLOCK + place)
+    far_top = tl.where(far > 0.0, tl.load(top_ptr + block), float("-inf"))
+    top = tl.maximum(far_top, tl.max(best, 1))
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    far_share = tl.where(far > 0.0, tl.exp(far_top - safe), 0.0)
+    unit = tl.load(unit_ptr + block)
+    far_value = tl.load(far_value_ptr + (block * BLOCK + place[:, None]) * BLOCK_C + c[None, :])
+    scale = load_scale * (tl.load(far_scale_ptr + block) / unit)
+    acc = far_value.to(tl.float32) * (far_share * scale)[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(begin, end, BLOCK_N):
         key = first + step
+        weight = tl.exp(_scores(log_kernel_ptr, offset_ptr, group_ptr, row, key, n, length,
+                                HAS_OFFSET) - safe[:, None])  # fmt: skip
+        sums += weight
         exists = key < n
-        group = tl.load(group_ptr + key, mask=exists, other=0)
-        lag = row[:, None] - key[None, :]
-        seen = (lag >= 0) & (lag < length) & exists[None, :]
-        kernel = log_kernel_ptr + group.to(tl.int64) * length
-        score = tl.load(kernel[None, :] + lag, mask=seen, other=float("-inf"))
-        if HAS_OFFSET:
+        if HAS_OFFSET:  # values of hidden keys may be of any size
             offset = tl.load(offset_ptr + key, mask=exists, other=float("-inf"))
-            score += offset[None, :]
             exists &= offset > float("-inf")
-        higher = tl.maximum(top, tl.max(score, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp(top - safe)
-        weight = tl.exp(score - safe[:, None])
-        total = total * shrink + tl.sum(weight, 1)
         value = tl.load(value_ptr + key[:, None].to(tl.int64) * stride_vn + c[None, :],
                         mask=exists[:, None] & (c < DIM)[None, :], other=0.0)  # fmt: skip
         narrow = (value.to(tl.float32) * (1.0 / unit)).to(tl.float16)
-        acc = tl.dot(weight.to(tl.float16), narrow, acc * shrink[:, None])
-        top = higher
+        acc = tl.dot(weight.to(tl.float16), narrow, acc)
+    total = tl.sum(sums, 1) + far * far_share
+    inside = row < n
+    if HAS_HIDDEN:
+        hidden = tl.load(hidden_ptr + actual // heads * n + row, mask=inside, other=1)
+        total = tl.where(hidden != 0, 0.0, total)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    acc = acc * (unit / total)[:, None]
+    acc = tl.where(empty[:, None], 0.0, acc * (unit / total)[:, None])
     lse = tl.where(empty, float("-inf"), top + tl.log(total))
     into = output_ptr + (problem * n + row[:, None]) * DIM + c[None, :]
-    tl.store(
-        into, acc.to(output_ptr.dtype.element_ty), mask=(row < n)[:, None] & (c < DIM)[None, :]
-    )
-    tl.store(lse_ptr + problem * n + row, lse, mask=row < n)
+    tl.store(into, acc.to(output_ptr.dtype.element_ty), mask=inside[:, None] & (c < DIM)[None, :])
+    tl.store(lse_ptr + problem * n + row, lse, mask=inside)
