@@ -114,6 +114,7 @@ _TABLE = (
         package="hyper",
         config_name="HyperConfig",
         state_name="HyperState",
+        has_triton=True,
     ),
     Mechanism(
         name="stick_breaking",

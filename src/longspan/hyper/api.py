@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._random import seed_of_heads
 from .._select import choose_impl
+from .._triton.launch import triton_refusal
 from .._validation import Call, check_config, validate, validate_varlen
 from .._varlen import run_each_sequence
 from ..errors import ShapeError
@@ -31,6 +32,8 @@ __all__ = [
     "implementations",
     "visited_fraction",
 ]
+
+_WIDEST_SINGLE = 128
 
 
 def hyper_attention(
@@ -238,11 +241,32 @@ def hyper_attention_varlen(
 
 
 def implementations(call: Call, config: HyperConfig) -> tuple[ImplReport, ...]:
-    """Plain torch, then the dense definition."""
+    """Triton kernels where they can run, then plain torch, then the dense definition."""
     return (
+        ImplReport(Impl.TRITON, _triton_refusal(call, config), "gathers inside of fused kernels"),
         ImplReport(Impl.EAGER, None, "sub-quadratic, in plain torch"),
         ImplReport(Impl.REFERENCE, None, "dense"),
     )
+
+
+def _triton_refusal(call: Call, config: HyperConfig) -> str | None:
+    """Why the kernels cannot run a call; None if they can."""
+    refusal = triton_refusal(call.query)
+    if refusal is not None:
+        return refusal
+    if config.structure == "chunks":
+        return "structure='chunks' has no Triton kernels; those of structure='recursion' exist"
+    if call.key_lengths is not None:
+        return "key_lengths with structure='recursion': every batch entry is cut differently"
+    if config.residual == "centroid":
+        return "residual='centroid' with structure='recursion' has no Triton kernels"
+    widest = max(call.query.shape[-1], call.value.shape[-1])
+    if call.query.dtype is torch.float32 and widest > _WIDEST_SINGLE:
+        return (
+            f"float32 with a head dim of {widest}; the Triton kernels take up to "
+            f"{_WIDEST_SINGLE} in float32 (256 in half precision), beyond it registers spill"
+        )
+    return None
 
 
 def run_call(

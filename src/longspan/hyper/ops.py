@@ -78,6 +78,10 @@ def hyper_index(
             return list(common.chunk_index(call, config, projections, seed))
         if key_lengths is not None:  # each entry has its own geometry: made where it is used
             return []
+        if impl == "triton":
+            from .impl.triton.index import triton_index
+
+            return list(triton_index(call, config, projections, seed))
         return list(recursion_index(call, config, projections, seed))
 
 
@@ -152,6 +156,10 @@ def hyper_fwd(
         if config.structure == "chunks":
             return eager_forward(call, config, ChunkIndex(*index), chosen)
         none = query.new_zeros((*query.shape[:3], 0), dtype=torch.int32)
+        if impl == "triton":
+            from .impl.triton.forward import triton_forward
+
+            return *triton_forward(call, config, SortedIndex(*index)), none
         output = query.new_zeros((*query.shape[:3], value.shape[-1]))
         lse = query.new_full(query.shape[:3], float("-inf"), dtype=common.wide_dtype(call))
         for entries, part in entries_of(call):
@@ -222,6 +230,11 @@ def hyper_bwd(
         if config.structure == "chunks":
             return eager_backward(call, config, ChunkIndex(*index), chosen, grad_output, grad_lse,
                                   output, lse)  # fmt: skip
+        if impl == "triton":
+            from .impl.triton.backward import triton_backward
+
+            return triton_backward(call, config, SortedIndex(*index), grad_output, grad_lse,
+                                   output, lse)  # fmt: skip
         dq, dk, dv = (tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
         for entries, part in entries_of(call):
             sorted_index = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,22 @@ def draw_projections(
     seed: int, kv_heads: int, head_dim: int, count: int, device: torch.device | str
 ) -> Tensor:
     """(H_kv, D, count) float32, standard normal: one set of planes for each key/value head."""
+    if torch.compiler.is_compiling():
+        return _draw(seed, kv_heads, head_dim, count, device)
+    with torch.inference_mode(False):  # what is kept must serve training as well
+        return _kept(seed, kv_heads, head_dim, count, torch.device(device))
+
+
+def _draw(
+    seed: int, kv_heads: int, head_dim: int, count: int, device: torch.device | str
+) -> Tensor:
     seed, first_head = first_head_of(seed)
     offset = first_head * head_dim * count
     shape = (kv_heads, head_dim, count)
     return normal(seed, "hyper/projections", shape, offset=offset, device=device)
+
+
+_kept = functools.lru_cache(maxsize=32)(_draw)  # a hundred small launches otherwise
 
 
 def sign_codes(x: Tensor, projections: Tensor) -> Tensor:

@@ -98,11 +98,9 @@ class _Losses:
         row, exact = self.get(name, length), self.get("exact", length)
         if row is None or exact is None:
             return None
-        each = [
-            a - b for a, b in zip(
-                row.get("document_losses", ()), exact.get("document_losses", ()), strict=True
-            )
-        ]  # fmt: skip
+        mine, its = row.get("document_losses", ()), exact.get("document_losses", ())
+        # A row without its documents' losses has no interval.
+        each = [a - b for a, b in zip(mine, its, strict=True)] if mine and its else []
         error = standard_error(each) if len(each) > 1 else math.nan
         return float(row["loss"] - exact["loss"]), error
 
