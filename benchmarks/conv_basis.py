@@ -230,25 +230,38 @@ def ours(run: Run, inputs: tuple[Tensor, ...], passes: list[str]) -> ConvBasis:
 
 TILES = {
     "MIX_TILE": [
-        (64, 16, 8, 2),
-        (64, 16, 4, 2),
-        (32, 32, 4, 2),
-        (32, 32, 8, 2),
-        (32, 64, 8, 2),
-        (64, 32, 8, 1),
+        (64, 32, 8, 3),
+        (64, 32, 8, 2),
+        (64, 64, 8, 2),
+        (64, 64, 8, 3),
+        (64, 32, 4, 2),
+        (32, 64, 4, 2),
+        (32, 32, 4, 3),
+        (64, 32, 8, 2, 128),
     ],
-    "ROW_TILE": [(128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1), (64, 32, 4, 2), (128, 64, 8, 2)],
+    "WEIGHT_TILE": [(16, 0, 4, 1), (16, 0, 8, 1), (32, 0, 4, 1), (8, 0, 4, 1)],
+    "ROW_TILE": [
+        (64, 32, 8, 1),
+        (64, 32, 8, 2),
+        (64, 64, 8, 1),
+        (32, 32, 4, 1),
+        (64, 32, 4, 1),
+        (32, 64, 4, 1),
+        (128, 32, 8, 1),
+    ],
     "VALUE_TILE": [(64, 0, 8, 1), (64, 0, 8, 2), (128, 0, 8, 1)],
-    "KERNEL_TILE": [(128, 32, 8, 2), (64, 64, 8, 2), (128, 64, 8, 1), (64, 32, 8, 1)],
-    "BACK_MIX_TILE": [(64, 16, 8, 2), (64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)],
-    "BACK_ROW_TILE": [(128, 32, 8, 2), (128, 64, 8, 1), (64, 32, 4, 2)],
+    "KERNEL_TILE": [(128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 2), (128, 64, 8, 2)],
+    "BACK_ROW_TILE": [(64, 32, 8, 1), (64, 32, 8, 2), (32, 32, 4, 1), (128, 32, 8, 1)],
     "PAIR_TILE": [(32, 64, 8, 1), (32, 32, 4, 1), (64, 64, 8, 1), (16, 64, 4, 1)],
     "SUM_TILE": [(16, 128, 4, 1), (8, 64, 2, 1), (32, 64, 4, 1)],
-}  # of the kernels for half precision: rows, columns, warps, stages
+}  # of the kernels for half precision: rows, columns, warps, stages, registers
 
 
 def tune(run: Run, inputs: tuple[Tensor, ...], basis: ConvBasis) -> None:
-    """Every tile of the kernels for half precision, one at a time; each result is checked."""
+    """Every tile of the kernels for half precision, one at a time, each result checked.
+
+    The fastest stays for the rest of the run.
+    """
     from longspan.conv_basis.impl.triton import half
 
     value = inputs[2]
@@ -272,7 +285,7 @@ def tune(run: Run, inputs: tuple[Tensor, ...], basis: ConvBasis) -> None:
     for name, tiles in TILES.items():
         if not hasattr(half, name):
             continue
-        before = getattr(half, name)
+        best, least = getattr(half, name), float("inf")
         is_back = name.startswith(("BACK", "PAIR", "SUM"))
         for tile in tiles:
             setattr(half, name, KernelConfig(*tile))
@@ -285,12 +298,14 @@ def tune(run: Run, inputs: tuple[Tensor, ...], basis: ConvBasis) -> None:
             except Exception as problem:  # a tile that does not fit the device
                 print(name, tile, type(problem).__name__, str(problem)[:100], flush=True)
                 continue
-            finally:
-                setattr(half, name, before)
+            if error <= 1e-2 and timing.ms_p50 < least:
+                best, least = KernelConfig(*tile), timing.ms_p50
             stage = "forward_backward" if is_back else "forward"
             run.add("conv_basis", "triton", "tune", stage, length, timing, tile=f"{name} {tile}",
                     error=float(f"{error:.2e}"), verified=error <= 1e-2)  # fmt: skip
             print("   ", name, tile, f"{error:.1e}", flush=True)
+        setattr(half, name, best)
+        print("==", name, best, flush=True)
     profile(forward, "forward")
     profile(both, "forward and backward")
 
@@ -323,7 +338,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, help="default: 64 on the CPU, 128 on a GPU")
     parser.add_argument("--dtype", help="default: float32 on the CPU, bfloat16 on a GPU")
     parser.add_argument("--passes", default="forward,forward_backward")
-    parser.add_argument("--tune", action="store_true", help="time kernel tiles instead (CUDA)")
+    parser.add_argument(
+        "--tune", action="store_true", help="first try kernel tiles and keep the fastest (CUDA)"
+    )
     parser.add_argument("--profile", action="store_true", help="print times of kernels (CUDA)")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
@@ -335,6 +352,10 @@ def main() -> None:
     RATES["copy"] = copy_rate(device)
     print(f"copy: {RATES['copy'] / 1e9:.0f} GB/s", flush=True)
     passes = options.passes.split(",")
+    if options.tune:
+        inputs = draw(32768, run.heads, run.dim, dtype, device)
+        tune(run, inputs, conv_basis_recover(*inputs[:2], config=CONFIG))
+        del inputs
     for length in map(int, lengths.split(",")):
         start = time.perf_counter()
         inputs = draw(length, run.heads, run.dim, dtype, device)
@@ -347,8 +368,6 @@ def main() -> None:
 
             both()
             profile(both, f"the whole, forward and backward, {length} tokens")
-        elif options.tune:
-            tune(run, inputs, conv_basis_recover(*inputs[:2], config=CONFIG))
         else:
             exact(run, inputs, passes)
             ours(run, inputs, passes)

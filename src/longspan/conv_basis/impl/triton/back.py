@@ -1,4 +1,4 @@
-"""Backward products: from blocks of rows to runs of keys, and pairs of both for the kernels."""
+"""Pairs of blocks of rows and runs of keys, and their sums: the gradient of the kernels."""
 
 from __future__ import annotations
 
@@ -7,75 +7,10 @@ import triton.language as tl
 
 from ...._triton.launch import KernelConfig
 
-__all__ = ["BACK_MIX_TILE", "PAIR_TILE", "SUM_TILE", "back_mix_kernel", "group_sum_kernel",
-           "pair_kernel"]  # fmt: skip
+__all__ = ["PAIR_TILE", "SUM_TILE", "group_sum_kernel", "pair_kernel"]
 
-BACK_MIX_TILE = KernelConfig(64, 16, 8, 2)  # runs, row blocks
 PAIR_TILE = KernelConfig(32, 64, 8, 1)  # runs, row blocks
 SUM_TILE = KernelConfig(16, 128, 4, 1)  # runs, pieces
-
-
-@triton.jit(do_not_specialize=["runs", "row_blocks", "pieces"])
-def back_mix_kernel(
-    kernel_ptr, factor_ptr, upstream_ptr, upstream_scale_ptr, back_scale_ptr, last_ptr,
-    run_block_ptr, run_group_ptr, back_ptr, last_back_ptr,
-    runs, row_blocks, pieces, groups, store_scale,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_A: tl.constexpr,
-):  # fmt: skip
-    """back[r, u, f] = sum_a conj(G[a, u]) upstream[r, a, f], rows two blocks and more after."""
-    tiles = tl.cdiv(runs, BLOCK_U)
-    program = tl.program_id(0)
-    tile = program % tiles
-    f = (program // tiles) % BLOCK
-    problem = (program // tiles // BLOCK).to(tl.int64)
-    kernel_ptr += (problem * BLOCK + f) * 2 * (groups * pieces)
-    factor_ptr += problem * row_blocks * runs
-    upstream_ptr += problem * row_blocks * (2 * BLOCK * BLOCK_C) + f * (2 * BLOCK_C)
-    upstream_scale_ptr += problem * row_blocks
-    last_ptr += (problem * BLOCK + f) * 2 * row_blocks
-    u = tile * BLOCK_U + tl.arange(0, BLOCK_U)
-    exists = u < runs
-    block = tl.load(run_block_ptr + problem * runs + u, mask=exists, other=row_blocks)
-    group = tl.load(run_group_ptr + problem * runs + u, mask=exists, other=0)
-    scale = tl.load(back_scale_ptr + problem * runs + u, mask=exists, other=1.0)
-    scale = 1.0 / (scale * BLOCK**0.5)
-    c = tl.arange(0, BLOCK_C)
-    real = tl.zeros((BLOCK_U, BLOCK_C), tl.float32)
-    imaginary = tl.zeros((BLOCK_U, BLOCK_C), tl.float32)
-    last_real = tl.zeros((BLOCK_U,), tl.float32)
-    last_imaginary = tl.zeros((BLOCK_U,), tl.float32)
-    for first in range(tl.min(block, 0) + 2, row_blocks, BLOCK_A):
-        a = first + tl.arange(0, BLOCK_A)
-        inside = a < row_blocks
-        piece = a[None, :] - block[:, None]
-        far = (piece >= 2) & inside[None, :] & exists[:, None]
-        place = group[:, None] * pieces + piece
-        factor = tl.load(factor_ptr + a[None, :] * runs + u[:, None], mask=far, other=0.0)
-        live = far & (factor > 0.0)
-        g_real = tl.load(kernel_ptr + place, mask=live, other=0.0) * factor
-        g_imaginary = tl.load(kernel_ptr + groups * pieces + place, mask=live, other=0.0) * factor
-        l_real = tl.load(last_ptr + a, mask=inside, other=0.0)[None, :]
-        l_imaginary = tl.load(last_ptr + row_blocks + a, mask=inside, other=0.0)[None, :]
-        last_real += tl.sum(g_real * l_real + g_imaginary * l_imaginary, 1)
-        last_imaginary += tl.sum(g_real * l_imaginary - g_imaginary * l_real, 1)
-        up_scale = tl.load(upstream_scale_ptr + a, mask=inside, other=0.0)
-        turn = up_scale[None, :] * scale[:, None]
-        h_real = (g_real * turn).to(tl.float16)
-        h_imaginary = (g_imaginary * turn).to(tl.float16)
-        y = upstream_ptr + a[:, None].to(tl.int64) * (2 * BLOCK * BLOCK_C) + c[None, :]
-        y_real = tl.load(y, mask=inside[:, None], other=0.0)
-        y_imaginary = tl.load(y + BLOCK_C, mask=inside[:, None], other=0.0)
-        real = tl.dot(h_real, y_real, real)
-        real = tl.dot(h_imaginary, y_imaginary, real)
-        imaginary = tl.dot(h_real, y_imaginary, imaginary)
-        imaginary = tl.dot(-h_imaginary, y_real, imaginary)
-    into = back_ptr + (problem * runs + u[:, None]) * (2 * BLOCK * BLOCK_C)
-    into += f * (2 * BLOCK_C) + c[None, :]
-    tl.store(into, (real * store_scale).to(tl.float16), mask=exists[:, None])
-    tl.store(into + BLOCK_C, (imaginary * store_scale).to(tl.float16), mask=exists[:, None])
-    into_last = last_back_ptr + (problem * runs + u) * (2 * BLOCK) + 2 * f
-    tl.store(into_last, last_real, mask=exists)
-    tl.store(into_last + 1, last_imaginary, mask=exists)
 
 
 @triton.jit(do_not_specialize=["runs", "row_blocks"])

@@ -6,14 +6,7 @@ from typing import Any
 
 from ...._triton.aot import AotCase
 from ...._triton.launch import KernelConfig
-from .back import (
-    BACK_MIX_TILE,
-    PAIR_TILE,
-    SUM_TILE,
-    back_mix_kernel,
-    group_sum_kernel,
-    pair_kernel,
-)
+from .back import PAIR_TILE, SUM_TILE, group_sum_kernel, pair_kernel
 from .columns import BACK_TILE, COLUMN_TILE, column_gradients_kernel, columns_kernel
 from .distances import DISTANCE_TILE, distance_kernel
 from .half import BLOCK
@@ -23,6 +16,7 @@ from .rows import ROW_TILE, row_kernel
 from .search import SIZES, _conv_basis_search_kernel
 from .spectra import KERNEL_TILE, VALUE_TILE, kernel_spectra_kernel, value_spectra_kernel
 from .upstream import UPSTREAM_TILE, upstream_kernel
+from .weights import WEIGHT_TILE, weight_kernel
 
 __all__ = ["cases"]
 
@@ -35,6 +29,7 @@ _HALF = {
     "mixed_ptr",
     "upstream_ptr",
 }  # float16 in every case
+_MIX = {"weight_ptr", "input_ptr", "mixed_ptr"}
 _INT32 = {"run_block_ptr", "run_group_ptr", "group_ptr", "first_ptr"}
 _INT64 = {"rows_ptr", "starts_ptr", "run_start_ptr", "run_end_ptr", "lengths_ptr"}
 
@@ -55,17 +50,19 @@ def _engine() -> list[AotCase]:
     found = [
         _case("kernel_spectra", kernel_spectra_kernel, KERNEL_TILE, "*fp32", set(), BLOCK=BLOCK,
               BLOCK_F=KERNEL_TILE.block_m, BLOCK_P=KERNEL_TILE.block_n, BLOCK_K=64),
+        *(_case(f"weights/{int(back)}", weight_kernel, WEIGHT_TILE, "*fp16", {"weight_ptr"},
+                BLOCK=BLOCK, BLOCK_O=WEIGHT_TILE.block_m, BLOCK_K=MIX_TILE.block_n,
+                BLOCK_T=MIX_TILE.block_m, IS_BACK=back)
+          for back in (False, True)),
         _case("group_sum", group_sum_kernel, SUM_TILE, "*fp32", set(), BLOCK=BLOCK,
               BLOCK_U=SUM_TILE.block_m, BLOCK_P=SUM_TILE.block_n),
     ]  # fmt: skip
     for dim in (64, 128):
         shape: dict[str, Any] = {"BLOCK": BLOCK, "BLOCK_C": dim}
         rows: dict[str, Any] = {"GROUP": 1, "DIM": dim, **shape}
-        found.append(_case(f"mix/d{dim}", mix_kernel, MIX_TILE, "*fp16", {"value_ptr"}, **shape,
-                           BLOCK_A=MIX_TILE.block_m, BLOCK_U=MIX_TILE.block_n))  # fmt: skip
-        found.append(_case(f"back_mix/d{dim}", back_mix_kernel, BACK_MIX_TILE, "*fp32", set(),
-                           **shape, BLOCK_U=BACK_MIX_TILE.block_m,
-                           BLOCK_A=BACK_MIX_TILE.block_n))  # fmt: skip
+        found.append(_case(f"mix/d{dim}", mix_kernel, MIX_TILE, "*fp16", set(), **shape,
+                           BLOCK_O=MIX_TILE.block_m, BLOCK_K=MIX_TILE.block_n,
+                           IS_BACK=False))  # fmt: skip
         found.append(_case(f"pair/d{dim}", pair_kernel, PAIR_TILE, "*fp16", {"value_ptr"}, **shape,
                            BLOCK_U=PAIR_TILE.block_m, BLOCK_A=PAIR_TILE.block_n))  # fmt: skip
         found.append(_case(f"upstream/bfloat16/d{dim}", upstream_kernel, UPSTREAM_TILE, "*bf16",
@@ -107,8 +104,10 @@ def _case(name: str, kernel: Any, tile: KernelConfig, pointer: str, own: set[str
             continue
         if argument in own or argument in {"q_ptr", "k_ptr"}:
             signature[argument] = pointer
-        elif argument in _HALF or (
-            argument == "spectra_ptr" and kernel in (value_spectra_kernel, upstream_kernel)
+        elif (
+            (kernel is mix_kernel and argument in _MIX)
+            or argument in _HALF
+            or (argument == "spectra_ptr" and kernel in (value_spectra_kernel, upstream_kernel))
         ):
             signature[argument] = "*fp16"
         elif argument in _INT32 or argument in _INT64 or argument.endswith("_ptr"):
@@ -130,5 +129,7 @@ def _case(name: str, kernel: Any, tile: KernelConfig, pointer: str, own: set[str
         constexprs=constexprs,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        aligned=tuple(n for n in signature if n.endswith("_ptr") or n.startswith("stride_")),
+        aligned=tuple(
+            n for n in signature if n.endswith("_ptr") or n.startswith("stride_") or n == "width"
+        ),
     )

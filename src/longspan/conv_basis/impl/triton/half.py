@@ -24,14 +24,7 @@ from torch import Tensor
 from ...._triton.interpreter import repair_interpreter
 from ...._triton.launch import interpreting, triton_refusal, unit_last_stride
 from ..layout import Layout, Runs, make_layout, make_runs
-from .back import (
-    BACK_MIX_TILE,
-    PAIR_TILE,
-    SUM_TILE,
-    back_mix_kernel,
-    group_sum_kernel,
-    pair_kernel,
-)
+from .back import PAIR_TILE, SUM_TILE, group_sum_kernel, pair_kernel
 from .keys import BACK_ROW_TILE, key_kernel
 from .mix import MIX_TILE, mix_kernel
 from .rows import ROW_TILE, row_kernel
@@ -43,9 +36,9 @@ from .spectra import (
     value_spectra_kernel,
 )
 from .upstream import UPSTREAM_TILE, upstream_kernel
+from .weights import WEIGHT_TILE, weight_kernel
 
 __all__ = [
-    "BACK_MIX_TILE",
     "BACK_ROW_TILE",
     "BLOCK",
     "MIN_LENGTH",
@@ -53,11 +46,11 @@ __all__ = [
     "SUM_TILE",
     "UPSTREAM_TILE",
     "Spectra",
-    "back_mix_kernel",
     "group_sum_kernel",
     "half_forward",
     "key_kernel",
     "make_spectra",
+    "mix",
     "padded",
     "pair_kernel",
     "problems_at_once",
@@ -146,7 +139,7 @@ def problems_at_once(log_kernel: Tensor, value: Tensor, is_backward: bool = Fals
     blocks = -(-n // BLOCK)
     runs = blocks + log_kernel.shape[1] - 1
     each = 2 * BLOCK * (2 * channels * (runs + blocks) + 4 * log_kernel.shape[1] * blocks)
-    each += 16 * blocks * runs
+    each += 16 * blocks * runs + 4 * BLOCK * blocks * (runs + 64)
     if is_backward:
         each = 2 * each + 8 * BLOCK * blocks * runs
     return max(1, _WORK_BYTES // max(each, 1))
@@ -184,7 +177,7 @@ def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, 
     kernel_spectra_kernel[grid](
         log_kernel, block_max, starts, high, low, kernel, norm, length, pieces, pieces, groups,
         BLOCK=BLOCK, BLOCK_F=block_f, BLOCK_P=block_p, BLOCK_K=min(64, BLOCK),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options(),
     )  # fmt: skip
 
     spectra = torch.empty((rows, total, 2 * BLOCK, channels), dtype=torch.float16, device=device)
@@ -197,7 +190,7 @@ def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, 
         spectra, weight, run_scale, value_scale, bound, *value.stride()[:3], n, total, heads, first,
         GROUP=heads // value.shape[1], DIM=dim, BLOCK=BLOCK, BLOCK_C=channels,
         BLOCK_F=min(tile.block_m, 2 * BLOCK), HAS_OFFSET=key_offset is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options(),
     )  # fmt: skip
 
     piece = torch.arange(pieces, device=device).unsqueeze(-1) - runs.block.unsqueeze(1)
@@ -231,15 +224,8 @@ def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, valu
     # (R, 2 B, U): frequency first, as the products read it
     weight_hat = (matrix[:, :BLOCK] @ spectra.weight.mT).contiguous()
     store_scale = 8.0 / triton.next_power_of_2(max(total, 8))  # sums over runs stay in range
-    mixed = torch.empty((rows, blocks, 2 * BLOCK, channels), dtype=torch.float16, device=device)
-    far_hat = log_kernel.new_empty((rows, blocks, 2 * BLOCK))
-    tile = MIX_TILE
-    mix_kernel[(rows * BLOCK * triton.cdiv(blocks, tile.block_m),)](
-        spectra.kernel, spectra.factor, spectra.value, spectra.value_scale, spectra.far_scale,
-        weight_hat, spectra.block, spectra.group, mixed, far_hat, total, blocks, blocks, total - blocks, groups, store_scale,
-        BLOCK=BLOCK, BLOCK_C=channels, BLOCK_A=tile.block_m, BLOCK_U=tile.block_n,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    mixed, far_hat = mix(spectra, spectra.factor, spectra.value, spectra.value_scale,
+                         spectra.far_scale, weight_hat, store_scale, False)  # fmt: skip
     far = (far_hat @ (matrix[:, BLOCK:] / BLOCK)).clamp_(min=0.0)  # (R, A, B)
     begin = torch.arange(n, device=device, dtype=torch.int64).expand(rows, -1).contiguous()
     of_key = (torch.searchsorted(starts, begin, right=True) - 1).clamp_(min=0).to(torch.int32)
@@ -254,9 +240,39 @@ def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, valu
         *value.stride()[:3], n, blocks, length, heads, groups, first, 1.0 / store_scale,
         GROUP=heads // value.shape[1], DIM=dim, BLOCK=BLOCK, BLOCK_C=channels, BLOCK_M=block_m,
         BLOCK_N=min(tile.block_n, BLOCK), HAS_OFFSET=key_offset is not None,
-        HAS_HIDDEN=hidden is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        HAS_HIDDEN=hidden is not None, **tile.options(),
     )  # fmt: skip
     torch.stack((spectra.noise, spectra.top), out=scale)
+
+
+def mix(spectra: Spectra, factor: Tensor, source: Tensor, in_scale: Tensor, out_scale: Tensor,
+        vector: Tensor, store_scale: float, is_back: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Spectra (R, outputs, 2 B, C) float16 of row blocks from runs, or of runs from row blocks.
+
+    And the product with `vector` (R, 2 B, inputs), (R, outputs, 2 B), in float32.
+    """
+    rows, _, groups, pieces = spectra.kernel.shape
+    blocks, total = spectra.layout.row_blocks, spectra.block.shape[1]
+    outputs, inputs = (total, blocks) if is_back else (blocks, total)
+    tile = MIX_TILE
+    width = triton.cdiv(inputs, max(tile.block_n, 16)) * max(tile.block_n, 16)
+    half = {"dtype": torch.float16, "device": source.device}
+    weight = torch.empty((rows, BLOCK, 2, outputs, width), **half)
+    result = torch.empty((rows, outputs, 2 * BLOCK, source.shape[-1]), **half)
+    sums = factor.new_empty((rows, outputs, 2 * BLOCK))
+    small = min(WEIGHT_TILE.block_m, tile.block_m)
+    weight_kernel[(rows * BLOCK * triton.cdiv(outputs, small),)](
+        spectra.kernel, factor, in_scale, out_scale, vector, spectra.block, spectra.group, weight,
+        sums, total, blocks, pieces, total - blocks, groups, outputs, inputs, width, BLOCK=BLOCK,
+        BLOCK_O=small, BLOCK_K=tile.block_n, BLOCK_T=tile.block_m, IS_BACK=is_back,
+        **WEIGHT_TILE.options(),
+    )  # fmt: skip
+    mix_kernel[(rows * BLOCK * triton.cdiv(outputs, tile.block_m),)](
+        weight, source, spectra.block, result, blocks, total, total - blocks, outputs, inputs,
+        width, store_scale, BLOCK=BLOCK, BLOCK_C=source.shape[-1], BLOCK_O=tile.block_m,
+        BLOCK_K=tile.block_n, IS_BACK=is_back, **tile.options(),
+    )  # fmt: skip
+    return result, sums
 
 
 @functools.lru_cache(maxsize=8)

@@ -80,7 +80,7 @@ def _backward(
     half.upstream_kernel[(rows * blocks,)](
         grad, output, lse, lse if grad_lse is None else grad_lse, least, high, upstream, up_scale,
         bound, last, damped, n, blocks, **shape, BLOCK_F=min(tile.block_m, 2 * block),
-        HAS_GRAD_LSE=grad_lse is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        HAS_GRAD_LSE=grad_lse is not None, **tile.options(),
     )  # fmt: skip
     last_hat = (matrix[:, block:] @ damped.mT).contiguous()  # (R, 2 B, A)
     weight_hat = (matrix[:, :block] @ spectra.weight.mT).contiguous()  # (R, 2 B, U)
@@ -96,7 +96,7 @@ def _backward(
     half.pair_kernel[(rows * block * tiles,)](
         factor, spectra.value, spectra.value_scale, weight_hat, upstream, up_scale, last_hat,
         spectra.block, pair, total, blocks, BLOCK=block, BLOCK_C=channels, BLOCK_U=tile.block_m,
-        BLOCK_A=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_A=tile.block_n, **tile.options(),
     )  # fmt: skip
     borders = torch.arange(groups + 1, device=device, dtype=torch.int32).expand(rows, -1)
     runs_of = torch.searchsorted(spectra.group, borders.contiguous()).to(torch.int32)
@@ -104,8 +104,7 @@ def _backward(
     summed = log_kernel.new_empty((rows, 2 * block, groups, blocks))
     half.group_sum_kernel[(rows * 2 * block * groups * triton.cdiv(blocks, tile.block_n),)](
         pair, runs_of, spectra.block, summed, total, blocks, blocks, groups, BLOCK=block,
-        BLOCK_U=tile.block_m, BLOCK_P=tile.block_n, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        BLOCK_U=tile.block_m, BLOCK_P=tile.block_n, **tile.options(),
     )  # fmt: skip
     # back to lags: each lag lies in two pieces
     frames = summed.view(rows, 2 * block, -1).mT @ (matrix / block)  # (R, G P, 2 B)
@@ -130,7 +129,7 @@ def _values(
     upstream: Tensor, up_scale: Tensor, bound: Tensor, last: Tensor, last_hat: Tensor,
     factor: Tensor, shape: dict[str, int],
 ) -> None:  # fmt: skip
-    block, channels = half.BLOCK, shape["BLOCK_C"]
+    block = half.BLOCK
     rows, groups, length = log_kernel.shape
     n = value.shape[2]
     device = value.device
@@ -144,15 +143,8 @@ def _values(
     most = torch.zeros_like(unit).scatter_reduce_(1, spectra.runs.block, back_scale, "amax")
     unit = torch.where(unit > 0, torch.maximum(unit, 1e-30 * most), 1.0)
     store_scale = 8.0 / triton.next_power_of_2(max(blocks, 8))
-    back = torch.empty((rows, total, 2 * block, channels), dtype=torch.float16, device=device)
-    last_back = log_kernel.new_empty((rows, total, 2 * block))
-    tile = half.BACK_MIX_TILE
-    half.back_mix_kernel[(rows * block * triton.cdiv(total, tile.block_m),)](
-        spectra.kernel, factor, upstream, up_scale, back_scale, last_hat, spectra.block,
-        spectra.group, back, last_back, total, blocks, blocks, groups, store_scale, BLOCK=block,
-        BLOCK_C=channels, BLOCK_U=tile.block_m, BLOCK_A=tile.block_n, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )  # fmt: skip
+    back, last_back = half.mix(spectra, factor, upstream, up_scale, back_scale, last_hat,
+                               store_scale, True)  # fmt: skip
     last_far = last_back @ (matrix[:, :block] / block)  # (R, U, B)
     tile = half.BACK_ROW_TILE
     block_m = min(tile.block_m, block)
@@ -165,7 +157,7 @@ def _values(
         *value.stride()[:3], n, blocks, total, length, heads, groups, first, 1.0 / store_scale,
         GROUP=heads // value.shape[1], **shape, BLOCK_M=block_m,
         BLOCK_N=min(tile.block_n, block), HAS_OFFSET=key_offset is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options(),
     )  # fmt: skip
 
 

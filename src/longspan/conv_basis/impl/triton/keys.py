@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["BACK_ROW_TILE", "key_kernel"]
 
-BACK_ROW_TILE = KernelConfig(64, 32, 4, 2)  # keys, rows
+BACK_ROW_TILE = KernelConfig(64, 32, 8, 1)  # keys, rows
 
 
 @triton.jit(do_not_specialize=["n", "row_blocks", "runs", "length"])

@@ -1,4 +1,4 @@
-"""Frequency by frequency, the blocks of rows as a product over the runs of keys."""
+"""Frequency by frequency: blocks of rows from runs of keys, and in the backward the reverse."""
 
 from __future__ import annotations
 
@@ -9,76 +9,56 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["MIX_TILE", "mix_kernel"]
 
-MIX_TILE = KernelConfig(64, 16, 8, 2)  # row blocks, runs
+MIX_TILE = KernelConfig(64, 32, 8, 3)  # outputs, inputs
 
 
-@triton.jit(do_not_specialize=["runs", "row_blocks", "pieces", "extra"])
+@triton.jit(do_not_specialize=["row_blocks", "runs", "extra", "outputs", "inputs"])
 def mix_kernel(
-    kernel_ptr, factor_ptr, value_ptr, value_scale_ptr, far_scale_ptr, weight_ptr, run_block_ptr,
-    run_group_ptr, mixed_ptr, denominator_ptr,
-    runs, row_blocks, pieces, extra, groups, store_scale,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_U: tl.constexpr,
+    weight_ptr, input_ptr, run_block_ptr, mixed_ptr,
+    row_blocks, runs, extra, outputs, inputs, width, store_scale,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_BACK: tl.constexpr,
 ):  # fmt: skip
-    """mixed[r, a, f] = sum_u G[a, u] value[r, u, f], G = kernel[g(u), a - block(u)] factor[a, u].
+    """mixed[r, o, f] = store_scale sum_k weight[r, f, o, k] input[r, k, f], complex.
 
-    Complex, runs two blocks and more before the row's. The denominator takes weight[r, f, u] in
-    float32; the values are in float16, and so is G value_scale[u] / far_scale[a].
+    Float16 in and out, sums in float32. `weight_kernel` says which tiles exist.
     """
-    tiles = tl.cdiv(row_blocks, BLOCK_A)
+    tiles = tl.cdiv(outputs, BLOCK_O)
     program = tl.program_id(0)
     tile = program % tiles
     f = (program // tiles) % BLOCK
     problem = (program // tiles // BLOCK).to(tl.int64)
-    a = tile * BLOCK_A + tl.arange(0, BLOCK_A)
-    kernel_ptr += (problem * BLOCK + f) * 2 * (groups * pieces)
-    factor_ptr += problem * row_blocks * runs
-    value_ptr += problem * runs * (2 * BLOCK * BLOCK_C) + f * (2 * BLOCK_C)
-    weight_ptr += (problem * BLOCK + f) * 2 * runs
-    run_block_ptr += problem * runs
-    run_group_ptr += problem * runs
-    value_scale_ptr += problem * runs
-    row_scale = tl.load(far_scale_ptr + problem * row_blocks + a, mask=a < row_blocks, other=1.0)
-    row_scale = 1.0 / (row_scale * BLOCK**0.5)
+    weight_ptr += (problem * BLOCK + f) * 2 * outputs * width
+    input_ptr += problem * inputs * (2 * BLOCK * BLOCK_C) + f * (2 * BLOCK_C)
+    o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside = o < outputs
     c = tl.arange(0, BLOCK_C)
-    real = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
-    imaginary = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
-    den_real = tl.zeros((BLOCK_A,), tl.float32)
-    den_imaginary = tl.zeros((BLOCK_A,), tl.float32)
-    # the last row block sees blocks up to two before it; `extra` runs share a block with others
-    limit = tl.minimum(runs, tl.minimum(tile * BLOCK_A + BLOCK_A, row_blocks) - 2 + extra)
-    for first in range(0, limit, BLOCK_U):
-        u = first + tl.arange(0, BLOCK_U)
-        exists = u < runs
-        block = tl.load(run_block_ptr + u, mask=exists, other=row_blocks)
-        group = tl.load(run_group_ptr + u, mask=exists, other=0)
-        value_scale = tl.load(value_scale_ptr + u, mask=exists, other=0.0)
-        piece = a[:, None] - block[None, :]
-        far = (piece >= 2) & (a[:, None] < row_blocks)
-        place = group[None, :] * pieces + piece
-        factor = tl.load(factor_ptr + a[:, None] * runs + u[None, :], mask=far,
-                         other=0.0)  # fmt: skip
-        live = far & (factor > 0.0)
-        g_real = tl.load(kernel_ptr + place, mask=live, other=0.0) * factor
-        g_imaginary = tl.load(kernel_ptr + groups * pieces + place, mask=live, other=0.0) * factor
-        w_real = tl.load(weight_ptr + u, mask=exists, other=0.0)[None, :]
-        w_imaginary = tl.load(weight_ptr + runs + u, mask=exists, other=0.0)[None, :]
-        den_real += tl.sum(g_real * w_real - g_imaginary * w_imaginary, 1)
-        den_imaginary += tl.sum(g_real * w_imaginary + g_imaginary * w_real, 1)
-        turn = value_scale[None, :] * row_scale[:, None]
-        h_real = (g_real * turn).to(tl.float16)
-        h_imaginary = (g_imaginary * turn).to(tl.float16)
-        x = value_ptr + u[:, None].to(tl.int64) * (2 * BLOCK * BLOCK_C) + c[None, :]
-        x_real = tl.load(x, mask=exists[:, None], other=0.0)
-        x_imaginary = tl.load(x + BLOCK_C, mask=exists[:, None], other=0.0)
-        real = tl.dot(h_real, x_real, real)
-        real = tl.dot(-h_imaginary, x_imaginary, real)
-        imaginary = tl.dot(h_real, x_imaginary, imaginary)
-        imaginary = tl.dot(h_imaginary, x_real, imaginary)
-    inside = a < row_blocks
-    into = mixed_ptr + (problem * row_blocks + a[:, None]) * (2 * BLOCK * BLOCK_C)
+    step = tl.arange(0, BLOCK_K)
+    if IS_BACK:
+        block = tl.load(run_block_ptr + problem * runs + o, mask=inside, other=row_blocks)
+        begin = (tl.min(block, 0) + 2) // BLOCK_K * BLOCK_K
+        end = row_blocks
+    else:
+        begin = 0
+        end = tl.minimum(runs, tl.minimum(tile * BLOCK_O + BLOCK_O, row_blocks) - 2 + extra)
+    real = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    opposite = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    imaginary = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        k = first + step
+        w = weight_ptr + o[:, None] * width + k[None, :]
+        w_real = tl.load(w, mask=inside[:, None], other=0.0)
+        w_imaginary = tl.load(w + outputs * width, mask=inside[:, None], other=0.0)
+        x = input_ptr + k[:, None].to(tl.int64) * (2 * BLOCK * BLOCK_C) + c[None, :]
+        exists = (k < inputs)[:, None]
+        x_real = tl.load(x, mask=exists, other=0.0)
+        x_imaginary = tl.load(x + BLOCK_C, mask=exists, other=0.0)
+        real = tl.dot(w_real, x_real, real)
+        opposite = tl.dot(w_imaginary, x_imaginary, opposite)
+        imaginary = tl.dot(w_real, x_imaginary, imaginary)
+        imaginary = tl.dot(w_imaginary, x_real, imaginary)
+    real -= opposite
+    into = mixed_ptr + (problem * outputs + o[:, None]) * (2 * BLOCK * BLOCK_C)
     into += f * (2 * BLOCK_C) + c[None, :]
     tl.store(into, (real * store_scale).to(tl.float16), mask=inside[:, None])
     tl.store(into + BLOCK_C, (imaginary * store_scale).to(tl.float16), mask=inside[:, None])
-    into_den = denominator_ptr + (problem * row_blocks + a) * (2 * BLOCK) + 2 * f
-    tl.store(into_den, den_real, mask=inside)
-    tl.store(into_den + 1, den_imaginary, mask=inside)
