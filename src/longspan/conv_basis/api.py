@@ -505,7 +505,10 @@ def _with_fallback(
         )  # fmt: skip
     else:
         chosen = torch.zeros(call.query.shape[:2], dtype=torch.bool, device=call.query.device)
-    if (checks and config.on_violation == "exact") or config.gradient == "exact":
+    may_be_exact = checks and config.on_violation == "exact"
+    if may_be_exact and config.gradient != "exact" and not torch.compiler.is_compiling():
+        may_be_exact = bool(chosen.any())  # no head: spare the copies
+    if may_be_exact or config.gradient == "exact":
         output, lse = exact_heads(call.query, call.key, call.value, call.key_lengths, *part,
                                   chosen, call.scale, config.gradient == "exact")  # fmt: skip
         return AttentionOutput(output, lse)

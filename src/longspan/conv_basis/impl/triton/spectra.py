@@ -25,7 +25,7 @@ __all__ = [
     "value_spectra_kernel",
 ]
 
-KERNEL_TILE = KernelConfig(128, 32, 8, 2)  # outputs, pieces
+KERNEL_TILE = KernelConfig(128, 64, 8, 1)  # outputs, pieces
 VALUE_TILE = KernelConfig(64, 64, 8, 1)  # outputs, -
 
 
