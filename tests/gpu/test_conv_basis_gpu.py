@@ -134,9 +134,12 @@ def rough(n, groups=5, heads=4):
 
 
 @pytest.mark.parametrize("dim", [20, 128])
-@pytest.mark.parametrize("n", [2048, 4099])
+@pytest.mark.parametrize(("n", "block"), [(2048, None), (4099, None), (4099, 256)])
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, False), (torch.float16, True)])
-def test_half_engine_row_by_row(dim, n, dtype, offset, nan_scratch):
+def test_half_engine_row_by_row(dim, n, block, dtype, offset, monkeypatch, nan_scratch):
+    from longspan.conv_basis.impl.triton import half
+
+    monkeypatch.setattr(half, "BLOCK", block)
     kernel, starts = rough(n)
     value = torch.randn(1, n, 2, dim, device="cuda").to(dtype).transpose(1, 2)
     key_offset = 0.5 * torch.randn(1, 4, n, device="cuda") if offset else None
@@ -194,10 +197,14 @@ def test_columns_and_their_gradients(dtype, dim, nan_scratch):
         assert (a.double() - b).norm() <= (3e-3 if dtype is torch.bfloat16 else 5e-4) * b.norm()
 
 
-@pytest.mark.parametrize(("dtype", "dim", "offset"), [
-    (torch.bfloat16, 128, False), (torch.bfloat16, 20, True), (torch.float16, 64, True),
+@pytest.mark.parametrize(("dtype", "dim", "offset", "block"), [
+    (torch.bfloat16, 128, False, 256), (torch.bfloat16, 20, True, None),
+    (torch.float16, 64, True, None),
 ])  # fmt: skip
-def test_half_gradients(dtype, dim, offset, nan_scratch):
+def test_half_gradients(dtype, dim, offset, block, monkeypatch, nan_scratch):
+    from longspan.conv_basis.impl.triton import half
+
+    monkeypatch.setattr(half, "BLOCK", block)
     n = 3001
     kernel, starts = rough(n)
     value = torch.randn(1, n, 2, dim, device="cuda").to(dtype).transpose(1, 2)

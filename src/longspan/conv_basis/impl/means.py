@@ -68,7 +68,7 @@ def mean_factors(
 def _means(
     query: Tensor, key: Tensor, lengths: Tensor, rope_base: float | None, typical: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Un-rotated queries and keys, their means over valid tokens, angles of all and of `typical`."""
+    """Un-rotated queries and keys, their means over valid tokens, angles: all, and of `typical`."""
     n, dim = query.shape[2:]
     wide = torch.float64 if query.dtype is torch.float64 else torch.float32
     valid = torch.arange(n, device=query.device) < lengths[:, None]

@@ -9,17 +9,18 @@ from ...._triton.launch import KernelConfig
 from .back import PAIR_TILE, SUM_TILE, group_sum_kernel, pair_kernel
 from .columns import BACK_TILE, COLUMN_TILE, column_gradients_kernel, columns_kernel
 from .distances import DISTANCE_TILE, distance_kernel
-from .half import BLOCK
 from .keys import BACK_ROW_TILE, key_kernel
 from .mix import MIX_TILE, mix_kernel
 from .rows import ROW_TILE, row_kernel
 from .search import SIZES, _conv_basis_search_kernel
 from .spectra import KERNEL_TILE, VALUE_TILE, kernel_spectra_kernel, value_spectra_kernel
+from .tables import TABLE_TILE, table_kernel
 from .upstream import UPSTREAM_TILE, upstream_kernel
 from .weights import WEIGHT_TILE, weight_kernel
 
 __all__ = ["cases"]
 
+BLOCK = 256
 _TYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
 _HALF = {
     "high_ptr",
@@ -54,6 +55,7 @@ def _engine() -> list[AotCase]:
                 BLOCK=BLOCK, BLOCK_O=WEIGHT_TILE.block_m, BLOCK_K=MIX_TILE.block_n,
                 BLOCK_T=MIX_TILE.block_m, IS_BACK=back)
           for back in (False, True)),
+        _case("table", table_kernel, TABLE_TILE, "*fp32", set(), BLOCK_U=256, HAS_LOGS=False),
         _case("group_sum", group_sum_kernel, SUM_TILE, "*fp32", set(), BLOCK=BLOCK,
               BLOCK_U=SUM_TILE.block_m, BLOCK_P=SUM_TILE.block_n),
     ]  # fmt: skip
@@ -87,7 +89,8 @@ def _engine() -> list[AotCase]:
                                HAS_OFFSET=offset))  # fmt: skip
             found.append(_case(f"rows/{name}", row_kernel, ROW_TILE, "*bf16",
                                {"value_ptr", "output_ptr"}, **rows, BLOCK_M=ROW_TILE.block_m,
-                               BLOCK_N=ROW_TILE.block_n, HAS_OFFSET=offset, HAS_HIDDEN=True))  # fmt: skip
+                               BLOCK_N=ROW_TILE.block_n, HAS_OFFSET=offset, HAS_HIDDEN=True,
+                               ONE_PASS=True))  # fmt: skip
             found.append(_case(f"keys/{name}", key_kernel, BACK_ROW_TILE, "*bf16",
                                {"value_ptr", "grad_ptr", "grad_value_ptr"}, **rows,
                                BLOCK_M=BACK_ROW_TILE.block_m, BLOCK_N=BACK_ROW_TILE.block_n,
@@ -114,7 +117,7 @@ def _case(name: str, kernel: Any, tile: KernelConfig, pointer: str, own: set[str
             integer = "*i32" if argument in _INT32 else "*i64"
             signature[argument] = integer if argument in _INT32 | _INT64 else "*fp32"
         else:
-            scalars = {"scale", "each", "store_scale", "load_scale"}
+            scalars = {"noise_scale", "scale", "each", "store_scale", "load_scale"}
             signature[argument] = "fp32" if argument in scalars else "i32"
     if "hidden_ptr" in signature:
         signature["hidden_ptr"] = "*u8"

@@ -35,6 +35,7 @@ from .spectra import (
     transform,
     value_spectra_kernel,
 )
+from .tables import TABLE_TILE, table_kernel
 from .upstream import UPSTREAM_TILE, upstream_kernel
 from .weights import WEIGHT_TILE, weight_kernel
 
@@ -46,6 +47,7 @@ __all__ = [
     "SUM_TILE",
     "UPSTREAM_TILE",
     "Spectra",
+    "block_of",
     "group_sum_kernel",
     "half_forward",
     "key_kernel",
@@ -59,10 +61,12 @@ __all__ = [
     "upstream_kernel",
 ]
 
-BLOCK = 256
+BLOCK: int | None = None  # None: by the length
+_SHORT = 49152  # up to this many tokens blocks of 128, beyond it of 256
 MIN_LENGTH = 2048  # below it float32 is as fast
 _WORK_BYTES = 8 * 2**30
 _NOISE = 0.25
+ONE_PASS = (torch.bfloat16,)  # values whose near weights are multiplied in their own dtype
 
 
 class Spectra(NamedTuple):
@@ -73,17 +77,24 @@ class Spectra(NamedTuple):
     block: Tensor  # (R, U) int32
     group: Tensor  # (R, U) int32
     kernel: Tensor  # (R, 2 B, G, P) float32
-    factor: Tensor  # (R, A, U): exp(scale of piece and run - top); 0 within two blocks
-    top: Tensor  # (R, A)
+    factor: Tensor  # (R, A, U): exp(scale of piece and run - top) for runs two blocks before
+    top: Tensor  # (R, A): largest scale of a far run
+    near_top: Tensor  # (R, A): of the near ones
     value: Tensor  # (R, U, 2 B, C) float16
     value_scale: Tensor  # (R, U): largest |weight * value|
     far_scale: Tensor  # (R, A): largest factor * value_scale
     unit: Tensor  # (R, A): largest |value| in the two near blocks
     weight: Tensor  # (R, U, B): exp(beta - scale of the run)
     noise: Tensor  # (R, A): estimated rounding error of a denominator in units of exp(top)
-    log_pair: Tensor  # (R, A, U): log-scale of piece and run, -inf after the row block
-    scale: Tensor  # (R, G, P): of the pieces
+    log_pair: Tensor | None  # (R, A, U): log-scale of piece and run, -inf after the row block
+    block_max: Tensor  # (R, G, P): largest log-weight of a block of lags
     starts: Tensor  # (R, G)
+    of_key: Tensor  # (R, N) int32: the group of each key
+
+
+def block_of(n: int) -> int:
+    """Rows and keys of a block: short sequences have many blocks of few rows."""
+    return BLOCK or (128 if n <= _SHORT else 256)
 
 
 def takes(
@@ -95,7 +106,7 @@ def takes(
         and log_kernel.dtype is not torch.float64
         and is_causal
         and query_offset == 0
-        and block in (0, BLOCK)
+        and block in (0, block_of(n_q))
         and n_q == value.shape[2] >= MIN_LENGTH
         and value.shape[-1] <= 128
         and triton_refusal(value) is None
@@ -118,30 +129,28 @@ def half_forward(
     count, n, dim = log_kernel.shape[0], value.shape[2], value.shape[3]
     output = value.new_empty((count, n, dim))
     lse = log_kernel.new_empty((count, n))
-    blocks = -(-n // BLOCK)
-    scale = log_kernel.new_empty((2, count, blocks))  # noise, and the log of its unit
+    blocks = -(-n // block_of(n))
+    scale = log_kernel.new_empty((3, count, blocks))  # noise, the log of its unit, least lse
     step = problems_at_once(log_kernel, value)
     for first in range(0, count, step):
         part = slice(first, min(first + step, count))
         offset = None if key_offset is None else key_offset[part].contiguous()
         _forward(log_kernel[part].contiguous(), starts[part].contiguous(), offset, value, hidden,
                  first, count, output[part], lse[part], scale[:, part])  # fmt: skip
-    padded_lse = torch.nn.functional.pad(lse, (0, blocks * BLOCK - n), value=float("-inf"))
-    least = padded_lse.view(count, blocks, BLOCK)
-    least = torch.where(least == float("-inf"), float("inf"), least).amin(-1)
-    noise, unit = scale
-    return output, lse, torch.where(noise > 0, noise * torch.exp(unit - least), 0.0 * noise)
+    noise, unit, least = scale
+    return output, lse, noise * torch.exp(unit - least)
 
 
 def problems_at_once(log_kernel: Tensor, value: Tensor, is_backward: bool = False) -> int:
     """How many problems fit into the work memory together."""
     n, channels = value.shape[2], padded(value.shape[-1])
-    blocks = -(-n // BLOCK)
+    size = block_of(n)
+    blocks = -(-n // size)
     runs = blocks + log_kernel.shape[1] - 1
-    each = 2 * BLOCK * (2 * channels * (runs + blocks) + 4 * log_kernel.shape[1] * blocks)
-    each += 16 * blocks * runs + 4 * BLOCK * blocks * (runs + 64)
+    each = 2 * size * (2 * channels * (runs + blocks) + 4 * log_kernel.shape[1] * blocks)
+    each += 16 * blocks * runs + 4 * size * blocks * (runs + 64)
     if is_backward:
-        each = 2 * each + 8 * BLOCK * blocks * runs
+        each = 2 * each + 8 * size * blocks * runs
     return max(1, _WORK_BYTES // max(each, 1))
 
 
@@ -151,65 +160,62 @@ def padded(dim: int) -> int:
 
 
 def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
-                 first: int, count: int) -> Spectra:  # fmt: skip
+                 first: int, count: int, has_logs: bool = False) -> Spectra:  # fmt: skip
     """Transforms of kernels and values, and the scales that join them."""
     rows, groups, length = log_kernel.shape
     n, dim = value.shape[2:]
-    device, channels = value.device, padded(dim)
-    layout = make_layout(BLOCK, n, n, True, 0, length)
-    runs = make_runs(layout, starts)
-    block, group = runs.block.to(torch.int32), runs.group.to(torch.int32)
-    pieces, total = layout.row_blocks, block.shape[1]
-    high, low, _ = transform(BLOCK, device)
+    device, channels, size = value.device, padded(dim), block_of(value.shape[2])
+    layout = make_layout(size, n, n, True, 0, length)
+    pieces = layout.row_blocks
+    high, low, _ = transform(size, device)
 
-    wide = pieces * BLOCK
+    wide = pieces * size
     whole = log_kernel[..., :wide]
     if length < wide:
         whole = torch.nn.functional.pad(whole, (0, wide - length), value=float("-inf"))
-    block_max = whole.reshape(rows, groups, pieces, BLOCK).amax(-1)
-    before = torch.nn.functional.pad(block_max[..., :-1], (1, 0), value=float("-inf"))
-    scale = torch.maximum(block_max, before)
-    kernel = log_kernel.new_empty((rows, 2 * BLOCK, groups, pieces))
-    norm = log_kernel.new_zeros((rows, groups, pieces))
+    block_max = whole.reshape(rows, groups, pieces, size).amax(-1)
+    kernel = log_kernel.new_empty((rows, 2 * size, groups, pieces))
+    norm = log_kernel.new_empty((rows, groups, pieces))
     tile = KERNEL_TILE
-    block_f, block_p = min(tile.block_m, 2 * BLOCK), tile.block_n
-    grid = (rows * groups * triton.cdiv(pieces, block_p) * (2 * BLOCK // block_f),)
+    block_f, block_p = min(tile.block_m, 2 * size), tile.block_n
+    grid = (rows * groups * triton.cdiv(pieces, block_p) * (2 * size // block_f),)
     kernel_spectra_kernel[grid](
         log_kernel, block_max, starts, high, low, kernel, norm, length, pieces, pieces, groups,
-        BLOCK=BLOCK, BLOCK_F=block_f, BLOCK_P=block_p, BLOCK_K=min(64, BLOCK),
-        **tile.options(),
+        BLOCK=size, BLOCK_F=block_f, BLOCK_P=block_p, BLOCK_K=min(64, size), **tile.options(),
     )  # fmt: skip
 
-    spectra = torch.empty((rows, total, 2 * BLOCK, channels), dtype=torch.float16, device=device)
-    weight = log_kernel.new_empty((rows, total, BLOCK))
-    run_scale, value_scale, bound = (log_kernel.new_empty((rows, total)) for _ in range(3))
+    runs = make_runs(layout, starts)
+    block, group = runs.block.to(torch.int32), runs.group.to(torch.int32)
+    total = block.shape[1]
+    spectra = torch.empty((rows, total, 2 * size, channels), dtype=torch.float16, device=device)
+    weight = log_kernel.new_empty((rows, total, size))
+    of_key = group.new_empty((rows, n))
+    run_facts = log_kernel.new_empty((4, rows, total))
+    run_scale, value_scale, bound, run_norm = run_facts
     tile = VALUE_TILE
     heads = count // value.shape[0]
     value_spectra_kernel[(rows * total,)](
         value, log_kernel if key_offset is None else key_offset, high, block, runs.start, runs.end,
-        spectra, weight, run_scale, value_scale, bound, *value.stride()[:3], n, total, heads, first,
-        GROUP=heads // value.shape[1], DIM=dim, BLOCK=BLOCK, BLOCK_C=channels,
-        BLOCK_F=min(tile.block_m, 2 * BLOCK), HAS_OFFSET=key_offset is not None,
-        **tile.options(),
+        spectra, weight, run_scale, value_scale, bound, run_norm, group, of_key,
+        *value.stride()[:3], n, total, heads, first, GROUP=heads // value.shape[1], DIM=dim,
+        BLOCK=size, BLOCK_C=channels, BLOCK_F=min(tile.block_m, 2 * size),
+        HAS_OFFSET=key_offset is not None, **tile.options(),
     )  # fmt: skip
 
-    piece = torch.arange(pieces, device=device).unsqueeze(-1) - runs.block.unsqueeze(1)
-    pair = runs.group.unsqueeze(1) * pieces + piece.clamp(min=0)  # (R, A, U)
-    log_pair = torch.gather(scale.flatten(1), 1, pair.flatten(1)).view(pair.shape)
-    log_pair = torch.where(piece >= 0, log_pair + run_scale.unsqueeze(1), float("-inf"))
-    far = torch.where(piece >= 2, log_pair, float("-inf"))
-    top = far.amax(-1)
-    factor = torch.exp(far - torch.where(top == float("-inf"), 0.0, top).unsqueeze(-1))
-    norms = torch.gather(norm.flatten(1), 1, pair.flatten(1)).view(pair.shape)
-    noise = (factor * norms * weight.square().sum(-1).sqrt().unsqueeze(1)).sum(-1)
-    far_scale = (factor * value_scale.unsqueeze(1)).amax(-1)
-    far_scale = torch.where(far_scale > 0, far_scale, 1.0)
-    unit = torch.zeros_like(far_scale).scatter_reduce_(1, runs.block, bound, "amax")
-    unit = torch.maximum(unit, torch.nn.functional.pad(unit[:, :-1], (1, 0)))
-    unit = torch.where(unit > 0, torch.maximum(unit, 1e-30 * far_scale), far_scale)
-    noise *= _NOISE * torch.finfo(torch.float16).eps
-    return Spectra(layout, runs, block, group, kernel, factor, top, spectra, value_scale,
-                   far_scale, unit, weight, noise, log_pair, scale, starts)  # fmt: skip
+    factor = log_kernel.new_empty((rows, pieces, total))
+    log_pair = torch.empty_like(factor) if has_logs else None
+    facts = log_kernel.new_empty((5, rows, pieces))
+    tile = TABLE_TILE
+    table_kernel[(rows * pieces,)](
+        block_max, norm, run_scale, run_norm, value_scale, bound, block, group, factor,
+        factor if log_pair is None else log_pair, facts, total, pieces, total - pieces, groups,
+        rows, _NOISE * torch.finfo(torch.float16).eps,
+        BLOCK_U=min(tile.block_n, triton.next_power_of_2(total)), HAS_LOGS=has_logs,
+        **tile.options(),
+    )  # fmt: skip
+    top, near_top, noise, far_scale, unit = facts
+    return Spectra(layout, runs, block, group, kernel, factor, top, near_top, spectra, value_scale,
+                   far_scale, unit, weight, noise, log_pair, block_max, starts, of_key)  # fmt: skip
 
 
 def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, value: Tensor,
@@ -220,29 +226,30 @@ def _forward(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, valu
     n, dim = value.shape[2:]
     device, channels = value.device, padded(dim)
     blocks, total = spectra.layout.row_blocks, spectra.block.shape[1]
-    _, _, matrix = transform(BLOCK, device)
+    size = spectra.layout.block
+    _, _, matrix = transform(size, device)
     # (R, 2 B, U): frequency first, as the products read it
-    weight_hat = (matrix[:, :BLOCK] @ spectra.weight.mT).contiguous()
+    weight_hat = matrix[:, :size] @ spectra.weight.mT
     store_scale = 8.0 / triton.next_power_of_2(max(total, 8))  # sums over runs stay in range
     mixed, far_hat = mix(spectra, spectra.factor, spectra.value, spectra.value_scale,
                          spectra.far_scale, weight_hat, store_scale, False)  # fmt: skip
-    far = (far_hat @ (matrix[:, BLOCK:] / BLOCK)).clamp_(min=0.0)  # (R, A, B)
-    begin = torch.arange(n, device=device, dtype=torch.int64).expand(rows, -1).contiguous()
-    of_key = (torch.searchsorted(starts, begin, right=True) - 1).clamp_(min=0).to(torch.int32)
+    far = far_hat @ inverse(size, device)  # (R, A, B)
     tile = ROW_TILE
-    block_m = min(tile.block_m, BLOCK)
+    block_m = min(tile.block_m, size)
+    tiles = size // block_m
     heads = count // value.shape[0]
-    far_value = transposed(BLOCK, device)[BLOCK:] @ mixed.flatten(0, 1)  # (R A, B, C) float16
-    row_kernel[(rows * blocks * (BLOCK // block_m),)](
-        far_value, far, spectra.top, spectra.far_scale, spectra.unit, log_kernel,
-        log_kernel if key_offset is None else key_offset, of_key,
-        of_key if hidden is None else hidden.contiguous().view(torch.uint8), value, output, lse,
-        *value.stride()[:3], n, blocks, length, heads, groups, first, 1.0 / store_scale,
-        GROUP=heads // value.shape[1], DIM=dim, BLOCK=BLOCK, BLOCK_C=channels, BLOCK_M=block_m,
-        BLOCK_N=min(tile.block_n, BLOCK), HAS_OFFSET=key_offset is not None,
-        HAS_HIDDEN=hidden is not None, **tile.options(),
+    far_value = transposed(size, device)[size:] @ mixed.flatten(0, 1)  # (R A, B, C) float16
+    least = log_kernel.new_empty((rows, blocks, tiles))
+    row_kernel[(rows * blocks * tiles,)](
+        far_value, far, spectra.top, spectra.near_top, spectra.far_scale, spectra.unit, log_kernel,
+        log_kernel if key_offset is None else key_offset, spectra.of_key,
+        spectra.of_key if hidden is None else hidden.contiguous().view(torch.uint8), value, output,
+        lse, least, *value.stride()[:3], n, blocks, length, heads, groups, first,
+        1.0 / store_scale, GROUP=heads // value.shape[1], DIM=dim, BLOCK=size, BLOCK_C=channels,
+        BLOCK_M=block_m, BLOCK_N=min(tile.block_n, size), HAS_OFFSET=key_offset is not None,
+        HAS_HIDDEN=hidden is not None, ONE_PASS=value.dtype in ONE_PASS, **tile.options(),
     )  # fmt: skip
-    torch.stack((spectra.noise, spectra.top), out=scale)
+    torch.stack((spectra.noise, spectra.top, least.amin(-1)), out=scale)
 
 
 def mix(spectra: Spectra, factor: Tensor, source: Tensor, in_scale: Tensor, out_scale: Tensor,
@@ -254,22 +261,22 @@ def mix(spectra: Spectra, factor: Tensor, source: Tensor, in_scale: Tensor, out_
     rows, _, groups, pieces = spectra.kernel.shape
     blocks, total = spectra.layout.row_blocks, spectra.block.shape[1]
     outputs, inputs = (total, blocks) if is_back else (blocks, total)
-    tile = MIX_TILE
+    tile, size = MIX_TILE, spectra.layout.block
     width = triton.cdiv(inputs, max(tile.block_n, 16)) * max(tile.block_n, 16)
     half = {"dtype": torch.float16, "device": source.device}
-    weight = torch.empty((rows, BLOCK, 2, outputs, width), **half)
-    result = torch.empty((rows, outputs, 2 * BLOCK, source.shape[-1]), **half)
-    sums = factor.new_empty((rows, outputs, 2 * BLOCK))
+    weight = torch.empty((rows, size, 2, outputs, width), **half)
+    result = torch.empty((rows, outputs, 2 * size, source.shape[-1]), **half)
+    sums = factor.new_empty((rows, outputs, 2 * size))
     small = min(WEIGHT_TILE.block_m, tile.block_m)
-    weight_kernel[(rows * BLOCK * triton.cdiv(outputs, small),)](
+    weight_kernel[(rows * size * triton.cdiv(outputs, small),)](
         spectra.kernel, factor, in_scale, out_scale, vector, spectra.block, spectra.group, weight,
-        sums, total, blocks, pieces, total - blocks, groups, outputs, inputs, width, BLOCK=BLOCK,
+        sums, total, blocks, pieces, total - blocks, groups, outputs, inputs, width, BLOCK=size,
         BLOCK_O=small, BLOCK_K=tile.block_n, BLOCK_T=tile.block_m, IS_BACK=is_back,
         **WEIGHT_TILE.options(),
     )  # fmt: skip
-    mix_kernel[(rows * BLOCK * triton.cdiv(outputs, tile.block_m),)](
+    mix_kernel[(rows * size * triton.cdiv(outputs, tile.block_m),)](
         weight, source, spectra.block, result, blocks, total, total - blocks, outputs, inputs,
-        width, store_scale, BLOCK=BLOCK, BLOCK_C=source.shape[-1], BLOCK_O=tile.block_m,
+        width, store_scale, BLOCK=size, BLOCK_C=source.shape[-1], BLOCK_O=tile.block_m,
         BLOCK_K=tile.block_n, IS_BACK=is_back, **tile.options(),
     )  # fmt: skip
     return result, sums
@@ -279,3 +286,9 @@ def mix(spectra: Spectra, factor: Tensor, source: Tensor, in_scale: Tensor, out_
 def transposed(block: int, device: torch.device) -> Tensor:
     """W (2 B, 2 B) in float16, one row for each place in time."""
     return transform(block, device)[0].T.contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def inverse(block: int, device: torch.device) -> Tensor:
+    """Right half of W (2 B, B) in float32, over B."""
+    return transform(block, device)[2][:, block:] / block

@@ -60,8 +60,9 @@ def _backward(
     count: int, output: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None,
     grad_kernel: Tensor, grad_key: Tensor, grad_value: Tensor,
 ) -> Tensor:  # fmt: skip
-    block = half.BLOCK
-    spectra = half.make_spectra(log_kernel, starts, key_offset, value, first, count)
+    block = half.block_of(value.shape[2])
+    spectra = half.make_spectra(log_kernel, starts, key_offset, value, first, count, has_logs=True)
+    assert spectra.log_pair is not None
     rows, groups, length = log_kernel.shape
     n, dim = value.shape[2:]
     device, channels = value.device, half.padded(dim)
@@ -112,7 +113,9 @@ def _backward(
     wide = blocks * block
     lags = F.pad(log_kernel[..., :wide], (0, max(wide - length, 0)), value=float("-inf"))
     lags = lags.view(rows, groups, blocks, block)
-    scale = torch.where(spectra.scale == float("-inf"), 0.0, spectra.scale).unsqueeze(-1)
+    before = F.pad(spectra.block_max[..., :-1], (1, 0), value=float("-inf"))
+    scale = torch.maximum(spectra.block_max, before).unsqueeze(-1)  # of the pieces
+    scale = torch.where(scale == float("-inf"), 0.0, scale)
     found = frames[:, :, :, 1] * torch.exp(lags - scale)
     later = frames[:, :, 1:, 0] * torch.exp(lags[:, :, :-1] - scale[:, :, 1:])
     later[..., 0] = 0.0  # the first place of a piece never counts
@@ -129,7 +132,7 @@ def _values(
     upstream: Tensor, up_scale: Tensor, bound: Tensor, last: Tensor, last_hat: Tensor,
     factor: Tensor, shape: dict[str, int],
 ) -> None:  # fmt: skip
-    block = half.BLOCK
+    block = spectra.layout.block
     rows, groups, length = log_kernel.shape
     n = value.shape[2]
     device = value.device
@@ -167,14 +170,13 @@ def _add_early(
 ) -> None:  # fmt: skip
     """The first rows' share of the kernel's gradient, in float32, weight by weight."""
     rows, groups, length = log_kernel.shape
-    n = min(_EARLY * half.BLOCK, value.shape[2])
+    n = min(_EARLY * spectra.layout.block, value.shape[2])
     heads = count // value.shape[0]
     head = torch.arange(first, first + rows, device=value.device)
     own = head % heads // (heads // value.shape[1])
     keys = torch.arange(n, device=value.device)
     some = value[head // heads, own, :n].float()  # (R, n, D)
-    group = torch.searchsorted(spectra.starts, keys.expand(rows, -1).contiguous(), right=True) - 1
-    group = group.clamp(min=0)  # (R, n)
+    group = spectra.of_key[:, :n].long()  # (R, n)
     # entry (l, j): lag l, key j, row l + j
     row = keys[:, None] + keys
     seen = (row < n) & (keys < length)[:, None]

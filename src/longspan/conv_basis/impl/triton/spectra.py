@@ -103,7 +103,8 @@ def kernel_spectra_kernel(
 @triton.jit(do_not_specialize=["n", "runs"])
 def value_spectra_kernel(
     value_ptr, offset_ptr, high_ptr, run_block_ptr, run_start_ptr, run_end_ptr,
-    spectra_ptr, weight_ptr, run_scale_ptr, value_scale_ptr, value_bound_ptr,
+    spectra_ptr, weight_ptr, run_scale_ptr, value_scale_ptr, value_bound_ptr, run_norm_ptr,
+    run_group_ptr, group_ptr,
     stride_vb, stride_vh, stride_vn,
     n, runs, heads, first_problem,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -112,7 +113,7 @@ def value_spectra_kernel(
     """spectra[r, u, o, c] = sum_k W[o, k] w_k v_k / (value_scale sqrt(B)), w = exp(beta - its max).
 
     One program for a run: keys of one block and one group. w is 0 outside of the run.
-    value_bound: the largest |v|.
+    value_bound: the largest |v|; run_norm: root of the sum of w^2; group: that of each key.
     """
     program = tl.program_id(0).to(tl.int64)
     problem = program // runs
@@ -131,6 +132,9 @@ def value_spectra_kernel(
     top = tl.max(offset, 0)
     weight = tl.exp(offset - tl.where(top == float("-inf"), 0.0, top))
     tl.store(run_scale_ptr + program, top)
+    tl.store(run_norm_ptr + program, tl.sqrt(tl.sum(weight * weight, 0)))
+    own = tl.load(run_group_ptr + program)
+    tl.store(group_ptr + problem * n + key, tl.zeros((BLOCK,), tl.int32) + own, mask=mine)
     tl.store(weight_ptr + program * BLOCK + k, weight)
     c = tl.arange(0, BLOCK_C)
     used = (weight > 0.0)[:, None] & (c < DIM)[None, :]
