@@ -23,6 +23,9 @@ LARGE = [
     Case(1300, 1300, settings="large", dim=80, value_dim=96, kind="peaked"),
     Case(1100, 1100, settings="large", dim=192, value_dim=256),
     Case(1999, 1999, settings="large", dim=20, value_dim=5, heads=6, transposed=True),
+    Case(1100, 1100, settings="large", dim=64, value_dim=128),
+    Case(1024, 1024, settings="large", dim=128, value_dim=16),
+    Case(1025, 1025, settings="large", dim=16, value_dim=16),
     Case(1500, 1100, settings="large", is_causal=False, dim=64, value_dim=64),
     Case(1024, 1024, settings="large", is_causal=False, dim=128, value_dim=128, heads=4),
     Case(1200, 1200, settings="large", dim=64, value_dim=64, kind="large"),
@@ -37,7 +40,7 @@ def test_large_shapes(case, dtype, nan_scratch):
     assert_kernels_match(case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[5]], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[8]], ids=lambda c: c.id)
 def test_large_shapes_in_single_precision(case, nan_scratch):
     assert_kernels_match(case, torch.float32, "cuda")
 
@@ -48,7 +51,7 @@ def test_small_shapes(case, nan_scratch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[5]], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[8]], ids=lambda c: c.id)
 def test_index_is_that_of_plain_torch(case, dtype, nan_scratch):
     """The same blocks, but for rows on a hash plane up to rounding; the same draws."""
     q, k, v = make_qkv(case.batch, case.heads, case.n_q, case.dim, n_k=case.n_k,

@@ -565,7 +565,8 @@ class _Run:
         self.strides = [stride for t in (q, k, v, do) for stride in t.stride()[:3]]
         self.common = {
             "GROUP": self.heads // self.kv_heads, "DIM": self.dim, "VALUE_DIM": self.value_dim,
-            "BLOCK_D": block_dim(self.dim), "BLOCK_DV": block_dim(self.value_dim),
+            "BLOCK_D": block_dim(self.dim, self.value_dim),
+            "BLOCK_DV": block_dim(self.dim, self.value_dim),
             "UPCAST": upcasts(q.dtype, interpreting()),
         }  # fmt: skip
         self.shared = shared_class(q.device)

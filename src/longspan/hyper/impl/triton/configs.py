@@ -31,11 +31,11 @@ _LARGE = 200 * 1024
 # kernel -> columns of the widest tile -> (block_m, block_n, warps, stages) for half precision on
 # an H100 ("large" shared memory). In key kernels block_m counts queries of the inner loop.
 _HOPPER = {
-    "node": {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
-    "leaf": {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    "node_query": {64: (64, 32, 4, 3), 128: (64, 32, 4, 2), 256: (64, 16, 8, 2)},
+    "node": {64: (64, 128, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
+    "leaf": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)},
+    "node_query": {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (64, 16, 8, 2)},
     "leaf_query": {64: (64, 64, 4, 3), 128: (128, 32, 8, 3), 256: (32, 32, 8, 2)},
-    "node_key": {64: (32, 64, 4, 3), 128: (32, 128, 8, 3), 256: (32, 32, 8, 2)},
+    "node_key": {64: (32, 64, 4, 3), 128: (32, 64, 4, 3), 256: (32, 32, 8, 2)},
     "leaf_key": {64: (64, 64, 4, 3), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
     "sample_key": {64: (64, 64, 4, 3), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
 }
@@ -83,5 +83,6 @@ def config_of(kind: str, dim: int, value_dim: int, dtype: torch.dtype, shared: s
 
 def hash_config(dim: int, dtype: torch.dtype) -> KernelConfig:
     """Hash kernel: rows at a time, rows of a segment."""
-    small = dim <= 128 and dtype is not torch.float32
-    return KernelConfig(32, SEGMENT, 4, 2) if small else KernelConfig(32, SEGMENT, 8, 1)
+    if dtype is torch.float32 or dim > 128:
+        return KernelConfig(32, SEGMENT, 8, 1)
+    return KernelConfig(32, SEGMENT, 4, 3) if dim <= 64 else KernelConfig(64, SEGMENT, 4, 2)

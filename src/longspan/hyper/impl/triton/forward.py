@@ -270,8 +270,9 @@ def triton_forward(
         part_lse = lse.new_empty((batch, heads, rows))
     shared = shared_class(query.device)
     common = {
-        "GROUP": heads // kv_heads, "DIM": dim, "VALUE_DIM": value_dim, "BLOCK_D": block_dim(dim),
-        "BLOCK_DV": block_dim(value_dim), "UPCAST": upcasts(query.dtype, interpreting()),
+        "GROUP": heads // kv_heads, "DIM": dim, "VALUE_DIM": value_dim,
+        "BLOCK_D": block_dim(dim, value_dim), "BLOCK_DV": block_dim(dim, value_dim),
+        "UPCAST": upcasts(query.dtype, interpreting()),
     }  # fmt: skip
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     if plan.nodes:
