@@ -24,8 +24,8 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(half, "BLOCK", 32)
-    monkeypatch.setattr(half, "MIN_LENGTH", 64)
+    monkeypatch.setattr(half, "BLOCK", 16)
+    monkeypatch.setattr(half, "MIN_LENGTH", 32)
     for name, (m, n) in SMALL.items():
         monkeypatch.setattr(half, name, KernelConfig(m, n, 4, 1))
 
@@ -40,7 +40,7 @@ def draw(n, groups=3, heads=2, dim=12, dtype=torch.float16, lags=None):
 
 
 @pytest.mark.parametrize(("n", "offset", "one_pass"), [
-    (64, False, False), (203, True, False), (203, True, True), (130, False, True),
+    (64, False, False), (153, True, False), (131, True, True),
 ])  # fmt: skip
 def test_equals_the_definition(n, offset, one_pass, monkeypatch, nan_scratch):
     """One pass is for bfloat16, which the interpreter cannot multiply: float16 serves here."""
@@ -123,8 +123,7 @@ def test_columns_and_their_gradients(dtype, nan_scratch):
         assert (a.double() - b).norm() <= (6e-3 if dtype is torch.bfloat16 else 5e-4) * b.norm()
 
 
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize(("n", "lags"), [(150, None), (64, 40), (131, 75)])
+@pytest.mark.parametrize(("n", "lags", "offset"), [(131, 75, True), (64, None, False)])
 def test_gradients_are_those_of_the_definition(n, lags, offset, nan_scratch):
     kernel, starts, value = draw(n, lags=lags)
     key_offset = 0.5 * torch.randn(1, 2, n) if offset else None
@@ -141,9 +140,9 @@ def test_gradients_are_those_of_the_definition(n, lags, offset, nan_scratch):
 
 
 def test_gradients_of_heads_that_spread_go_on_in_float32(monkeypatch):
-    kernel, starts, value = draw(150)
+    kernel, starts, value = draw(70)
     leaves = [kernel.requires_grad_(), value.requires_grad_()]
-    out, _, _ = toeplitz_fwd(kernel, starts, None, value, None, 150, True, 0, 0, "auto")
+    out, _, _ = toeplitz_fwd(kernel, starts, None, value, None, 70, True, 0, 0, "auto")
     upstream = torch.randn_like(out)
     half_precision = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
     monkeypatch.setattr(half_guard, "_MAX_SPREAD", 0.0)
