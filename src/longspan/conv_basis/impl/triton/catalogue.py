@@ -9,6 +9,7 @@ from ...._triton.launch import KernelConfig
 from .back import PAIR_TILE, SUM_TILE, group_sum_kernel, pair_kernel
 from .columns import BACK_TILE, COLUMN_TILE, column_gradients_kernel, columns_kernel
 from .distances import DISTANCE_TILE, distance_kernel
+from .half import AMPERE
 from .keys import BACK_ROW_TILE, key_kernel
 from .mix import MIX_TILE, mix_kernel
 from .rows import ROW_TILE, row_kernel
@@ -36,21 +37,23 @@ _INT64 = {"rows_ptr", "starts_ptr", "run_start_ptr", "run_end_ptr", "lengths_ptr
 
 
 def cases(capability: int) -> list[AotCase]:
-    """16 segments, 16 probes; the same on every device."""
-    del capability
+    """16 segments, 16 probes."""
     search = [
         _case(f"search/{dtype}/d{dim}", _conv_basis_search_kernel, SIZES, _TYPES[dtype],
               {"query", "key"}, GROUP=1, NUM_BASES=16, PROBES=16, DIM=dim, BLOCK_T=16,
               BLOCK_D=dim)
         for dtype in _TYPES for dim in (64, 128, 256)
     ]  # fmt: skip
-    return [*search, *_engine()]
+    return [*search, *_engine(capability)]
 
 
-def _engine() -> list[AotCase]:
+def _engine(capability: int = 90) -> list[AotCase]:
+    older = AMPERE if capability < 90 else {}
+    kernel_tile = older.get("KERNEL_TILE", KERNEL_TILE)
+    pair_tile = older.get("PAIR_TILE", PAIR_TILE)
     found = [
-        _case("kernel_spectra", kernel_spectra_kernel, KERNEL_TILE, "*fp32", set(), BLOCK=BLOCK,
-              BLOCK_F=KERNEL_TILE.block_m, BLOCK_P=KERNEL_TILE.block_n, BLOCK_K=64),
+        _case("kernel_spectra", kernel_spectra_kernel, kernel_tile, "*fp32", set(), BLOCK=BLOCK,
+              BLOCK_F=kernel_tile.block_m, BLOCK_P=kernel_tile.block_n, BLOCK_K=64),
         *(_case(f"weights/{int(back)}", weight_kernel, WEIGHT_TILE, "*fp16", {"weight_ptr"},
                 BLOCK=BLOCK, BLOCK_O=WEIGHT_TILE.block_m, BLOCK_K=MIX_TILE.block_n,
                 BLOCK_T=MIX_TILE.block_m, IS_BACK=back)
@@ -65,8 +68,8 @@ def _engine() -> list[AotCase]:
         found.append(_case(f"mix/d{dim}", mix_kernel, MIX_TILE, "*fp16", set(), **shape,
                            BLOCK_O=MIX_TILE.block_m, BLOCK_K=MIX_TILE.block_n,
                            IS_BACK=False))  # fmt: skip
-        found.append(_case(f"pair/d{dim}", pair_kernel, PAIR_TILE, "*fp16", {"value_ptr"}, **shape,
-                           BLOCK_U=PAIR_TILE.block_m, BLOCK_A=PAIR_TILE.block_n))  # fmt: skip
+        found.append(_case(f"pair/d{dim}", pair_kernel, pair_tile, "*fp16", {"value_ptr"}, **shape,
+                           BLOCK_U=pair_tile.block_m, BLOCK_A=pair_tile.block_n))  # fmt: skip
         found.append(_case(f"upstream/bfloat16/d{dim}", upstream_kernel, UPSTREAM_TILE, "*bf16",
                            {"grad_ptr", "output_ptr"}, DIM=dim, **shape,
                            BLOCK_F=UPSTREAM_TILE.block_m, HAS_GRAD_LSE=False))  # fmt: skip

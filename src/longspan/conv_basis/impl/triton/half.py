@@ -22,14 +22,19 @@ import triton
 from torch import Tensor
 
 from ...._triton.interpreter import repair_interpreter
-from ...._triton.launch import interpreting, triton_refusal, unit_last_stride
+from ...._triton.launch import (
+    KernelConfig,
+    capability,
+    interpreting,
+    triton_refusal,
+    unit_last_stride,
+)
 from ..layout import Layout, Runs, make_layout, make_runs
 from .back import PAIR_TILE, SUM_TILE, group_sum_kernel, pair_kernel
 from .keys import BACK_ROW_TILE, key_kernel
 from .mix import MIX_TILE, mix_kernel
 from .rows import ROW_TILE, row_kernel
 from .spectra import (
-    KERNEL_TILE,
     VALUE_TILE,
     kernel_spectra_kernel,
     transform,
@@ -40,6 +45,7 @@ from .upstream import UPSTREAM_TILE, upstream_kernel
 from .weights import WEIGHT_TILE, weight_kernel
 
 __all__ = [
+    "AMPERE",
     "BACK_ROW_TILE",
     "BLOCK",
     "MIN_LENGTH",
@@ -57,6 +63,7 @@ __all__ = [
     "pair_kernel",
     "problems_at_once",
     "takes",
+    "tile_of",
     "transposed",
     "upstream_kernel",
 ]
@@ -64,6 +71,10 @@ __all__ = [
 BLOCK: int | None = None  # None: by the length
 _SHORT = 49152  # up to this many tokens blocks of 128, beyond it of 256
 MIN_LENGTH = 2048  # below it float32 is as fast
+AMPERE = {  # where the tiles for Hopper spill registers
+    "KERNEL_TILE": KernelConfig(64, 32, 8, 1),
+    "PAIR_TILE": KernelConfig(32, 64, 8, 1),
+}
 _WORK_BYTES = 8 * 2**30
 _NOISE = 0.25
 ONE_PASS = (torch.bfloat16,)  # values whose near weights are multiplied in their own dtype
@@ -90,6 +101,14 @@ class Spectra(NamedTuple):
     block_max: Tensor  # (R, G, P): largest log-weight of a block of lags
     starts: Tensor  # (R, G)
     of_key: Tensor  # (R, N) int32: the group of each key
+
+
+def tile_of(name: str, device: torch.device) -> KernelConfig:
+    """The tile `name` of this module, or Ampere's."""
+    if name in AMPERE and device.type == "cuda" and capability(device.index or 0) < (9, 0):
+        return AMPERE[name]
+    tile: KernelConfig = globals()[name]
+    return tile
 
 
 def block_of(n: int) -> int:
@@ -176,7 +195,7 @@ def make_spectra(log_kernel: Tensor, starts: Tensor, key_offset: Tensor | None, 
     block_max = whole.reshape(rows, groups, pieces, size).amax(-1)
     kernel = log_kernel.new_empty((rows, 2 * size, groups, pieces))
     norm = log_kernel.new_empty((rows, groups, pieces))
-    tile = KERNEL_TILE
+    tile = tile_of("KERNEL_TILE", device)
     block_f, block_p = min(tile.block_m, 2 * size), tile.block_n
     grid = (rows * groups * triton.cdiv(pieces, block_p) * (2 * size // block_f),)
     kernel_spectra_kernel[grid](
@@ -263,9 +282,8 @@ def mix(spectra: Spectra, factor: Tensor, source: Tensor, in_scale: Tensor, out_
     outputs, inputs = (total, blocks) if is_back else (blocks, total)
     tile, size = MIX_TILE, spectra.layout.block
     width = triton.cdiv(inputs, max(tile.block_n, 16)) * max(tile.block_n, 16)
-    half = {"dtype": torch.float16, "device": source.device}
-    weight = torch.empty((rows, size, 2, outputs, width), **half)
-    result = torch.empty((rows, outputs, 2 * size, source.shape[-1]), **half)
+    weight = source.new_empty((rows, size, 2, outputs, width))
+    result = source.new_empty((rows, outputs, 2 * size, source.shape[-1]))
     sums = factor.new_empty((rows, outputs, 2 * size))
     small = min(WEIGHT_TILE.block_m, tile.block_m)
     weight_kernel[(rows * size * triton.cdiv(outputs, small),)](
