@@ -15,6 +15,12 @@ from longspan.conv_basis.impl.triton import half
 from longspan.conv_basis.ops import score_columns, toeplitz_fwd
 
 SMALL = {
+    "BACK_ROW_TILE": (16, 16),
+    "PAIR_TILE": (16, 16),
+    "SUM_TILE": (4, 16),
+    "TABLE_TILE": (0, 4),
+    "UPSTREAM_TILE": (32, 0),
+    "WEIGHT_TILE": (8, 0),
     "MIX_TILE": (16, 16),
     "ROW_TILE": (16, 32),
     "KERNEL_TILE": (32, 16),

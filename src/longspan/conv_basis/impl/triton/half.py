@@ -35,6 +35,7 @@ from .keys import BACK_ROW_TILE, key_kernel
 from .mix import MIX_TILE, mix_kernel
 from .rows import ROW_TILE, row_kernel
 from .spectra import (
+    KERNEL_TILE,
     VALUE_TILE,
     kernel_spectra_kernel,
     transform,
@@ -48,6 +49,7 @@ __all__ = [
     "AMPERE",
     "BACK_ROW_TILE",
     "BLOCK",
+    "KERNEL_TILE",
     "MIN_LENGTH",
     "PAIR_TILE",
     "SUM_TILE",
