@@ -92,7 +92,10 @@ class ConvBasis:
         device = self.log_kernels.device
         lengths = self.lengths[:, None]
         row = torch.arange(n, device=device)
-        hidden = (row - self.near < self.num_sinks) | (lengths <= self.num_sinks)  # (B, N)
+        if self.near or self.num_sinks or self.is_padded:
+            hidden = (row - self.near < self.num_sinks) | (lengths <= self.num_sinks)  # (B, N)
+        else:
+            hidden = torch.zeros((len(lengths), n), dtype=torch.bool, device=device)
         kernels = self.log_kernels
         if self.near:
             kernels = torch.where(row < self.near, float("-inf"), kernels)

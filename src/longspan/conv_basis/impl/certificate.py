@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -19,11 +20,16 @@ _QUANTILE = 0.95
 
 def sample_rows(lengths: Tensor, count: int, seed: int) -> Tensor:
     """(B, count) int64, sorted: half of them uniform, half in the later half of each sequence."""
-    draws = uniform(seed, "conv_basis/rows", (count,), device=lengths.device, dtype=torch.float64)
-    late = torch.arange(count, device=lengths.device) % 2 == 1
-    draws = torch.where(late, 0.5 + 0.5 * draws, draws)
-    rows = (draws * lengths[:, None]).long()
+    rows = (_draws(int(seed), count, lengths.device) * lengths[:, None]).long()
     return torch.minimum(rows, (lengths[:, None] - 1).clamp(min=0)).sort(-1).values
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(seed: int, count: int, device: torch.device) -> Tensor:
+    """(count,) in [0, 1): a few dozen launches, so the last ones are kept."""
+    draws = uniform(seed, "conv_basis/rows", (count,), device=device, dtype=torch.float64)
+    late = torch.arange(count, device=device) % 2 == 1
+    return torch.where(late, 0.5 + 0.5 * draws, draws)
 
 
 def sample_distances(

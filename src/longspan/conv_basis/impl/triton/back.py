@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["PAIR_TILE", "SUM_TILE", "group_sum_kernel", "pair_kernel"]
 
-PAIR_TILE = KernelConfig(64, 64, 8, 1)  # runs, row blocks
+PAIR_TILE = KernelConfig(16, 64, 4, 1)  # runs, row blocks
 SUM_TILE = KernelConfig(16, 128, 4, 1)  # runs, pieces
 
 

@@ -50,13 +50,13 @@ def cases(capability: int) -> list[AotCase]:
 def _engine(capability: int = 90) -> list[AotCase]:
     older = AMPERE if capability < 90 else {}
     kernel_tile = older.get("KERNEL_TILE", KERNEL_TILE)
-    pair_tile = older.get("PAIR_TILE", PAIR_TILE)
+    mix_tile = older.get("MIX_TILE", MIX_TILE)
     found = [
         _case("kernel_spectra", kernel_spectra_kernel, kernel_tile, "*fp32", set(), BLOCK=BLOCK,
               BLOCK_F=kernel_tile.block_m, BLOCK_P=kernel_tile.block_n, BLOCK_K=64),
         *(_case(f"weights/{int(back)}", weight_kernel, WEIGHT_TILE, "*fp16", {"weight_ptr"},
-                BLOCK=BLOCK, BLOCK_O=WEIGHT_TILE.block_m, BLOCK_K=MIX_TILE.block_n,
-                BLOCK_T=MIX_TILE.block_m, IS_BACK=back)
+                BLOCK=BLOCK, BLOCK_O=WEIGHT_TILE.block_m, BLOCK_K=mix_tile.block_n,
+                BLOCK_T=mix_tile.block_m, IS_BACK=back)
           for back in (False, True)),
         _case("table", table_kernel, TABLE_TILE, "*fp32", set(), BLOCK_U=256, HAS_LOGS=False),
         _case("group_sum", group_sum_kernel, SUM_TILE, "*fp32", set(), BLOCK=BLOCK,
@@ -65,11 +65,11 @@ def _engine(capability: int = 90) -> list[AotCase]:
     for dim in (64, 128):
         shape: dict[str, Any] = {"BLOCK": BLOCK, "BLOCK_C": dim}
         rows: dict[str, Any] = {"GROUP": 1, "DIM": dim, **shape}
-        found.append(_case(f"mix/d{dim}", mix_kernel, MIX_TILE, "*fp16", set(), **shape,
-                           BLOCK_O=MIX_TILE.block_m, BLOCK_K=MIX_TILE.block_n,
+        found.append(_case(f"mix/d{dim}", mix_kernel, mix_tile, "*fp16", set(), **shape,
+                           BLOCK_O=mix_tile.block_m, BLOCK_K=mix_tile.block_n,
                            IS_BACK=False))  # fmt: skip
-        found.append(_case(f"pair/d{dim}", pair_kernel, pair_tile, "*fp16", {"value_ptr"}, **shape,
-                           BLOCK_U=pair_tile.block_m, BLOCK_A=pair_tile.block_n))  # fmt: skip
+        found.append(_case(f"pair/d{dim}", pair_kernel, PAIR_TILE, "*fp16", {"value_ptr"}, **shape,
+                           BLOCK_U=PAIR_TILE.block_m, BLOCK_A=PAIR_TILE.block_n))  # fmt: skip
         found.append(_case(f"upstream/bfloat16/d{dim}", upstream_kernel, UPSTREAM_TILE, "*bf16",
                            {"grad_ptr", "output_ptr"}, DIM=dim, **shape,
                            BLOCK_F=UPSTREAM_TILE.block_m, HAS_GRAD_LSE=False))  # fmt: skip
@@ -79,13 +79,13 @@ def _engine(capability: int = 90) -> list[AotCase]:
         found.append(_case(f"column_gradients/bfloat16/d{dim}", column_gradients_kernel, BACK_TILE,
                            "*bf16", {"grad_q_ptr"}, **inputs, BLOCK_M=BACK_TILE.block_m,
                            SPLIT=2048))  # fmt: skip
-        for second in (False, True):
+        for second in (False, True) if dim == 128 else ():
             found.append(_case(f"distances/{int(second)}/bfloat16/d{dim}", distance_kernel,
                                DISTANCE_TILE, "*bf16", set(), GROUP=1, DIM=dim, BLOCK_D=dim,
                                BLOCK_M=DISTANCE_TILE.block_m, BLOCK_N=DISTANCE_TILE.block_n,
-                               SPLIT=2048, IS_SECOND=second, HAS_KEY_OFFSET=False,
+                               SPLIT=2048, IS_SECOND=second, BLOCK_G=16, HAS_KEY_OFFSET=False,
                                HAS_ROW_OFFSET=False, UPCAST=False))  # fmt: skip
-        for offset in (False, True):
+        for offset in (False, True) if dim == 128 else (False,):
             name = f"bfloat16/d{dim}" + ("/offset" if offset else "")
             found.append(_case(f"value_spectra/{name}", value_spectra_kernel, VALUE_TILE, "*bf16",
                                {"value_ptr"}, **rows, BLOCK_F=VALUE_TILE.block_m,

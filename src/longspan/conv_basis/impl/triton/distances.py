@@ -26,13 +26,13 @@ _SPLIT = 2048  # keys a program
 
 @triton.jit(do_not_specialize=["n", "count", "near", "num_sinks"])
 def distance_kernel(
-    q_ptr, k_ptr, rows_ptr, lengths_ptr, log_kernel_ptr, group_ptr, key_offset_ptr, row_offset_ptr,
+    q_ptr, k_ptr, rows_ptr, lengths_ptr, log_kernel_ptr, starts_ptr, key_offset_ptr, row_offset_ptr,
     model_lse_ptr, exact_lse_ptr, first_ptr, second_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     n, count, near, num_sinks, heads, groups, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, IS_SECOND: tl.constexpr,
-    HAS_KEY_OFFSET: tl.constexpr, HAS_ROW_OFFSET: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_G: tl.constexpr, HAS_KEY_OFFSET: tl.constexpr, HAS_ROW_OFFSET: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """First pass: maximum and sum of exact scores. Second: sum |p - p~|, largest |score - model|.
 
@@ -60,6 +60,8 @@ def distance_kernel(
     first = tl.full((BLOCK_M,), float("-inf") if not IS_SECOND else 0.0, tl.float32)
     second = tl.zeros((BLOCK_M,), tl.float32)
     if IS_SECOND:
+        g = tl.arange(0, BLOCK_G)
+        starts = tl.load(starts_ptr + problem * groups + g, mask=(g > 0) & (g < groups), other=n)
         place = problem * count + m
         model_lse = tl.load(model_lse_ptr + place, mask=exists, other=0.0)
         exact_lse = tl.load(exact_lse_ptr + place, mask=exists, other=0.0)
@@ -77,7 +79,8 @@ def distance_kernel(
         lag = row[:, None] - key[None, :]
         seen = (lag >= 0) & valid[None, :]
         if IS_SECOND:
-            group = tl.load(group_ptr + problem * n + key, mask=valid, other=0)
+            # the last group that begins at or before the key; the first begins at 0
+            group = tl.sum((starts[:, None] <= key[None, :]).to(tl.int32), 0)
             kernel = log_kernel_ptr + (problem * groups + group) * n
             model = tl.load(kernel[None, :] + lag, mask=seen, other=float("-inf"))
             if HAS_KEY_OFFSET:
@@ -109,10 +112,7 @@ def row_distances(
     batch, heads, n, dim = query.shape
     query, key = unit_last_stride(query), unit_last_stride(key)
     count, problems = rows.shape[1], batch * heads
-    begin = starts.flatten(0, 1).clone()
-    begin[:, 0] = 0
-    where = torch.arange(n, device=query.device).expand(problems, -1).contiguous()
-    group = (torch.searchsorted(begin, where, right=True) - 1).clamp_(min=0).to(torch.int32)
+    starts = starts.contiguous()
     spread = rows.unsqueeze(1).expand(-1, heads, -1)
     model_lse = torch.gather(lse, 2, spread).float()
     empty = model_lse == float("-inf")
@@ -129,12 +129,13 @@ def row_distances(
     def one_pass(is_second: bool) -> tuple[Tensor, Tensor]:
         parts = [model_lse.new_empty((batch, heads, count, splits)) for _ in range(2)]
         distance_kernel[(problems * triton.cdiv(count, block_m) * splits,)](
-            query, key, rows, lengths, log_kernel.float().contiguous(), group,
+            query, key, rows, lengths, log_kernel.float().contiguous(), starts,
             model_lse if offset is None else offset, model_lse if chosen is None else chosen,
             model_lse, exact_lse, *parts, *query.stride()[:3], *key.stride()[:3], n, count, near,
             num_sinks, heads, log_kernel.shape[2], scale, GROUP=heads // key.shape[1], DIM=dim,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m, BLOCK_N=block_n,
-            SPLIT=split, IS_SECOND=is_second, HAS_KEY_OFFSET=offset is not None,
+            SPLIT=split, IS_SECOND=is_second,
+            BLOCK_G=triton.next_power_of_2(starts.shape[-1]), HAS_KEY_OFFSET=offset is not None,
             HAS_ROW_OFFSET=chosen is not None, UPCAST=interpreting(),
             num_warps=DISTANCE_TILE.num_warps, num_stages=DISTANCE_TILE.num_stages,
         )  # fmt: skip

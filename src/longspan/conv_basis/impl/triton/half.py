@@ -51,6 +51,7 @@ __all__ = [
     "BLOCK",
     "KERNEL_TILE",
     "MIN_LENGTH",
+    "MIX_TILE",
     "PAIR_TILE",
     "SUM_TILE",
     "UPSTREAM_TILE",
@@ -75,7 +76,7 @@ _SHORT = 49152  # up to this many tokens blocks of 128, beyond it of 256
 MIN_LENGTH = 2048  # below it float32 is as fast
 AMPERE = {  # where the tiles for Hopper spill registers
     "KERNEL_TILE": KernelConfig(64, 32, 8, 1),
-    "PAIR_TILE": KernelConfig(32, 64, 8, 1),
+    "MIX_TILE": KernelConfig(64, 32, 8, 2),
 }
 _WORK_BYTES = 8 * 2**30
 _NOISE = 0.25
@@ -282,7 +283,7 @@ def mix(spectra: Spectra, factor: Tensor, source: Tensor, in_scale: Tensor, out_
     rows, _, groups, pieces = spectra.kernel.shape
     blocks, total = spectra.layout.row_blocks, spectra.block.shape[1]
     outputs, inputs = (total, blocks) if is_back else (blocks, total)
-    tile, size = MIX_TILE, spectra.layout.block
+    tile, size = tile_of("MIX_TILE", source.device), spectra.layout.block
     width = triton.cdiv(inputs, max(tile.block_n, 16)) * max(tile.block_n, 16)
     weight = source.new_empty((rows, size, 2, outputs, width))
     result = source.new_empty((rows, outputs, 2 * size, source.shape[-1]))

@@ -92,7 +92,7 @@ def _backward(
 
     factor[:, :_EARLY] = 0.0
     pair = log_kernel.new_empty((rows, 2 * block, total, blocks))
-    tile = half.tile_of("PAIR_TILE", device)
+    tile = half.PAIR_TILE
     tiles = triton.cdiv(total, tile.block_m) * triton.cdiv(blocks, tile.block_n)
     half.pair_kernel[(rows * block * tiles,)](
         factor, spectra.value, spectra.value_scale, weight_hat, upstream, up_scale, last_hat,

@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["MIX_TILE", "mix_kernel"]
 
-MIX_TILE = KernelConfig(64, 32, 8, 3)  # outputs, inputs
+MIX_TILE = KernelConfig(64, 32, 4, 2)  # outputs, inputs
 
 
 @triton.jit(do_not_specialize=["row_blocks", "runs", "extra", "outputs", "inputs"])

@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["ROW_TILE", "row_kernel"]
 
-ROW_TILE = KernelConfig(64, 32, 8, 1)  # rows, keys
+ROW_TILE = KernelConfig(32, 64, 4, 1)  # rows, keys
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from ...._triton.launch import KernelConfig
 
 __all__ = ["WEIGHT_TILE", "weight_kernel"]
 
-WEIGHT_TILE = KernelConfig(16, 0, 4, 1)  # outputs; inputs as the product
+WEIGHT_TILE = KernelConfig(32, 0, 4, 1)  # outputs; inputs as the product
 
 
 @triton.jit(do_not_specialize=["runs", "row_blocks", "pieces", "extra", "outputs", "inputs"])
