@@ -142,7 +142,7 @@ def _capture(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tens
 
     layers = attention_layers(model)
     for layer in layers:
-        last = getattr(layer.module, "k_norm", None) or layer.module.k_proj
+        last: Any = getattr(layer.module, "k_norm", None) or layer.module.k_proj
         handles.append(last.register_forward_hook(lambda module, args, out: plain.append(out)))
     F.scaled_dot_product_attention = listen
     try:
