@@ -112,6 +112,17 @@ def card(
             f"Gates: heads read between {100 * min(gates):.0f} and {100 * max(gates):.0f} % from "
             f"the memory, {100 * sum(gates) / len(gates):.0f} % on average.",
         ]
+    alone = losses.get(getattr(attention, "segment_length", 0))
+    if alone is not None:
+        longest, whole = max(losses.items())
+        change = "lowers" if whole < alone else "raises"
+        lines += [
+            "",
+            f"What the memory does: segments of {count_text(attention.segment_length)} tokens read "
+            f"by themselves have a perplexity of {math.exp(alone):.2f}; with the memory of all "
+            f"before them, {count_text(longest)} tokens at a time, {math.exp(whole):.2f}. It "
+            f"{change} it after this training.",
+        ]
     lines += [
         "",
         f"Held-out books ({books}), loss in nats per token, so many tokens read at a time, float32 "
