@@ -54,7 +54,7 @@ def draw(length: int, heads: int = HEADS, kv_heads: int | None = None) -> tuple[
 
 def error(actual: Tensor, oracle: Tensor) -> float:
     """Relative Frobenius error."""
-    return float((actual.double() - oracle).norm() / oracle.norm())
+    return float((actual.detach().double() - oracle.detach()).norm() / oracle.norm())
 
 
 class Run:
