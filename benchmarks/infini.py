@@ -1,6 +1,7 @@
 """Infini-attention against torch's attention on the segments alone: checks first, then times.
 
     python benchmarks/infini.py --out rows.jsonl [--parts train,pieces,overlap,packed,loop] [--tune]
+    python benchmarks/infini.py --out rows.jsonl --parts cpu
 
 The bar is what torch's fastest backend takes for the segments as independent sequences: the same
 local attention without a memory. The floor adds to it the bytes that a memory must move if nothing
@@ -10,6 +11,8 @@ is fused with the local kernel: keys and values once, queries and local outputs 
 from __future__ import annotations
 
 import argparse
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -399,6 +402,35 @@ def packed(run: Run, length: int) -> None:
                 errors={"to_alone": same})  # fmt: skip
 
 
+def cpu(path: str) -> None:
+    """Plain torch on one thread of a CPU: processor time per token over the length."""
+    torch.set_num_threads(1)
+    where, config = environment("cpu"), InfiniConfig(segment_length=1024)
+    generator = torch.Generator().manual_seed(0)
+    for length in (4096, 16384, 65536):
+        query, key, value = (torch.randn(1, 4, length, 64, generator=generator) for _ in range(3))
+        with torch.no_grad():
+            short = [t[:, :, :2500] for t in (query, key, value)]
+            want = infini_attention(*(t.double() for t in short), config=config, impl="reference")
+            apart = error(infini_attention(*short, config=config, impl="eager").output, want.output)
+            spent = []
+            for _ in range(5):
+                before = time.process_time()
+                infini_attention(query, key, value, config=config, impl="eager")
+                spent.append((time.process_time() - before) * 1e3)
+        spent.sort()
+        shape = {"batch": 1, "heads": 4, "kv_heads": 4, "length": length, "head_dim": 64,
+                 "dtype": "float32", "is_causal": True}  # fmt: skip
+        row = make_row(
+            mechanism="infini", impl="eager", config=config, shape=shape, stage="forward",
+            timing=Timing(spent[1], spent[2], spent[3], "process_time"), environment=where,
+            verified=apart <= 1e-5, errors={"o": apart}, threads=1, load=os.getloadavg()[0],
+            us_per_token=round(spent[2] * 1e3 / length, 3),
+        )  # fmt: skip
+        append_rows(path, [row])
+        print("cpu eager", length, row["us_per_token"], "us a token", apart, flush=True)
+
+
 def tune(run: Run, length: int) -> None:
     """Other tiles for each kernel; each result is compared with the pinned one's."""
     query, key, value, gate = draw(length)
@@ -481,6 +513,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--lengths", default="32768,131072,524288,1048576", help="of scaling")
     options = parser.parse_args()
+    if options.parts == "cpu":
+        cpu(options.out)
+        return
     run, parts, rates = Run(options.out), options.parts.split(","), ceilings()
     print(rates, flush=True)
     if "train" in parts:

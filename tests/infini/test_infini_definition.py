@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from longspan import (
@@ -251,14 +252,14 @@ def test_gradients_stay_inside_a_packed_document(update):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("local", LOCALS)
-def test_work_is_linear_in_the_length(update, local):
+def test_work_is_linear_in_the_length(update):
     """Floating-point operations forward and backward: twice the segments, twice the work."""
-    config = InfiniConfig(segment_length=16, update=update, local=local)
+    config = InfiniConfig(segment_length=16, update=update)
     spent = []
     for n in (256, 512, 1024):
         q, k, v = (draw(1, 2, n, 8, grad=True) for _ in range(3))
-        with FlopCounterMode(display=False) as counter:
+        # torch's plain attention: the counter does not see into the fused one of a CPU
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             out = infini_attention(q, k, v, config=config, impl="eager", **rates(update, 1, 2, n))
             out.output.sum().backward()
         spent.append(counter.get_total_flops())
