@@ -21,14 +21,15 @@ __all__ = ["document_rows", "layer_masses", "patched", "token_losses", "visited_
 
 _LOGITS_AT_ONCE = 512
 
-#: Name -> (settings, whether the index sees keys before rotary embedding).
+#: Name -> (settings, whether the index sees keys before rotary embedding). Choices are by the mean
+#: alone, which is what an index before rotary embedding has.
 INDEXES: dict[str, tuple[HyperConfig, bool]] = {
-    "LSH": (HyperConfig(index="lsh", center_keys=False), False),
-    "LSH, centred": (HyperConfig(index="lsh"), False),
-    "pca": (HyperConfig(index="pca"), False),
-    "k-means": (HyperConfig(index="kmeans"), False),
-    "pca, before RoPE": (HyperConfig(index="pca"), True),
-    "k-means, before RoPE": (HyperConfig(index="kmeans"), True),
+    "LSH": (HyperConfig(index="lsh", center_keys=False, probe_spread=0), False),
+    "LSH, centred": (HyperConfig(index="lsh", probe_spread=0), False),
+    "pca": (HyperConfig(index="pca", probe_spread=0), False),
+    "k-means": (HyperConfig(index="kmeans", probe_spread=0), False),
+    "pca, before RoPE": (HyperConfig(index="pca", probe_spread=0), True),
+    "k-means, before RoPE": (HyperConfig(index="kmeans", probe_spread=0), True),
 }
 
 
@@ -142,7 +143,7 @@ def _capture(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tens
 
     layers = attention_layers(model)
     for layer in layers:
-        last = getattr(layer.module, "k_norm", None) or layer.module.k_proj
+        last: Any = getattr(layer.module, "k_norm", None) or layer.module.k_proj
         handles.append(last.register_forward_hook(lambda module, args, out: plain.append(out)))
     F.scaled_dot_product_attention = listen
     try:
