@@ -1,0 +1,143 @@
+"""Cases of the default mode's kernels, shared by the interpreter's and the GPU's tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from longspan import HyperConfig
+from longspan._validation import Call, validate
+from longspan.hyper.geometry import far_before
+from longspan.hyper.impl.common import chunk_index
+from longspan.hyper.impl.reference import chunks_reference
+from longspan.hyper.impl.triton.chunks_forward import chunks_refusal, triton_chunks_forward
+from longspan.hyper.index.lsh import draw_projections
+from longspan.hyper.plan import ChunkIndex
+from longspan.testing import make_qkv
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+SMALL = {"window": 20, "num_sinks": 3, "chunk_size": 32, "cluster_size": 8, "num_probes": 3}
+LARGE = {"window": 100, "num_sinks": 4, "chunk_size": 256, "cluster_size": 16, "num_probes": 12}
+
+
+@dataclass(frozen=True)
+class ChunkCase:
+    """One causal call; `settings` over those of `base`."""
+
+    n_q: int
+    n_k: int
+    heads: int = 2
+    kv_heads: int = 1
+    batch: int = 1
+    dim: int = 16
+    value_dim: int = 16
+    offset: int | None = None
+    transposed: bool = False
+    spread: float = 1.0
+    scale: float | None = None
+    base: str = "small"
+    settings: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        extra = "-".join(f"{k}={v}" for k, v in self.settings.items())
+        return f"{self.n_q}x{self.n_k}-h{self.heads}-d{self.dim}-{self.value_dim}-{extra}"
+
+    @property
+    def config(self) -> HyperConfig:
+        start = SMALL if self.base == "small" else LARGE
+        return HyperConfig(**{**start, **self.settings})  # type: ignore[arg-type]
+
+
+CASES = [
+    ChunkCase(75, 75),
+    ChunkCase(70, 110, offset=40, value_dim=5, dim=20, transposed=True),
+    ChunkCase(69, 69, heads=3, kv_heads=3, settings={"num_probes": 20}),
+    ChunkCase(66, 66, settings={"num_probes": 0}),
+    ChunkCase(66, 66, batch=2, settings={"residual": "none", "num_sinks": 0}),
+    ChunkCase(80, 80, settings={"index": "kmeans"}, spread=3.0),
+    ChunkCase(80, 80, settings={"index": "lsh", "num_projections": 4, "window": 1}),
+    ChunkCase(12, 64, offset=70),
+    ChunkCase(20, 20),
+    ChunkCase(64, 64, settings={"num_probes": 2, "chunk_size": 16, "cluster_size": 16}),
+    ChunkCase(64, 64, scale=-0.4),
+]
+LARGE_CASES = [
+    ChunkCase(1999, 1999, heads=4, kv_heads=2, dim=64, value_dim=64, base="large"),
+    ChunkCase(1100, 1777, offset=677, heads=2, kv_heads=2, dim=128, value_dim=128, base="large",
+              transposed=True, batch=2),
+    ChunkCase(1300, 1300, dim=80, value_dim=96, base="large", spread=3.0),
+    ChunkCase(1500, 1500, dim=20, value_dim=5, base="large", transposed=True),
+    ChunkCase(1100, 1100, dim=192, value_dim=256, base="large"),
+    ChunkCase(1536, 1536, dim=64, value_dim=64, base="large", settings={"index": "kmeans"}),
+    ChunkCase(1280, 1280, dim=64, value_dim=128, base="large", settings={"residual": "none"}),
+    ChunkCase(2048, 2048, dim=64, value_dim=64, base="large",
+              settings={"window": 256, "chunk_size": 512, "num_probes": 16}),
+]  # fmt: skip
+
+
+def make_case(case: ChunkCase, dtype: torch.dtype, device: str = "cpu") -> tuple[Call, ChunkIndex]:
+    """The call and the index of its keys."""
+    q, k, v = make_qkv(case.batch, case.heads, case.n_q, case.dim, n_k=case.n_k,
+                       kv_heads=case.kv_heads, value_dim=case.value_dim, dtype=dtype,
+                       device=device, transposed=case.transposed)  # fmt: skip
+    if case.spread != 1.0:
+        k = k * case.spread
+    config = case.config
+    call = validate("test", q, k, v, is_causal=True, enable_gqa=True, scale=case.scale,
+                    query_offset=case.n_k - case.n_q if case.offset is None else case.offset)  # fmt: skip
+    assert chunks_refusal(call, config) is None
+    planes = None
+    if config.index == "lsh":
+        planes = draw_projections(3, case.kv_heads, case.dim, config.num_projections, q.device)
+    return call, chunk_index(call, config, planes, 0)
+
+
+def widened(call: Call, index: ChunkIndex) -> tuple[Call, ChunkIndex]:
+    """The same in float64."""
+    wide = call._replace(query=call.query.double(), key=call.key.double(),
+                         value=call.value.double())  # fmt: skip
+    return wide, index._replace(mean_key=index.mean_key.double(), variance=index.variance.double())
+
+
+def assert_choice_is_best(case: ChunkCase, call: Call, index: ChunkIndex, chosen: torch.Tensor,
+                          tolerance: float) -> None:  # fmt: skip
+    """Distinct far clusters, as many as there are, and none left out that scores clearly more."""
+    wide, index = widened(call, index)
+    config, group = case.config, case.heads // case.kv_heads
+    scores = call.scale * wide.query @ index.mean_key.repeat_interleave(group, 1).mT
+    scores = scores + torch.log(index.counts.double()).repeat_interleave(group, 1)[:, :, None]
+    clusters = scores.shape[-1]
+    if clusters == 0 or chosen.shape[-1] == 0:
+        assert chosen.shape[-1] == min(config.num_probes, clusters)
+        return
+    positions = torch.arange(case.n_q, device=scores.device) + call.query_offset
+    before = far_before(positions, config, clusters // config.clusters_per_chunk)
+    far = torch.arange(clusters, device=scores.device) // config.clusters_per_chunk
+    scores = scores.masked_fill(far >= before[:, None], float("-inf"))
+    picked = torch.zeros((*scores.shape[:3], clusters + 1), dtype=torch.int64, device=scores.device)
+    picked.scatter_add_(3, torch.where(chosen < 0, clusters, chosen).long(),
+                        torch.ones_like(chosen, dtype=torch.int64))  # fmt: skip
+    picked = picked[..., :-1]
+    assert int(picked.max()) <= 1, "a cluster was chosen twice"
+    possible = (scores > float("-inf")).sum(-1)
+    assert torch.equal(picked.sum(-1), possible.clamp(max=chosen.shape[-1]))
+    worst = scores.masked_fill(picked == 0, float("inf")).amin(-1)
+    missed = scores.masked_fill(picked == 1, float("-inf")).amax(-1)
+    assert bool((worst > float("-inf")).all()), "a cluster that is not far was chosen"
+    assert bool((missed <= worst + tolerance * (1 + missed.abs())).all())
+
+
+def assert_forward_matches(case: ChunkCase, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Choice, output and lse against the dense definition in float64."""
+    call, index = make_case(case, dtype, device)
+    output, lse, chosen = triton_chunks_forward(call, case.config, index)
+    limit = TOLERANCE[dtype]
+    assert_choice_is_best(case, call, index, chosen, max(limit, 1e-4))
+    wide, wide_index = widened(call, index)
+    want = chunks_reference(wide, case.config, wide_index, chosen.long())
+    assert output.dtype == dtype
+    assert output.shape == want.output.shape
+    torch.testing.assert_close(output.double(), want.output.double(), rtol=limit, atol=limit)
+    torch.testing.assert_close(lse.double(), want.lse.double(), rtol=limit, atol=limit)

@@ -1,0 +1,51 @@
+"""Kernels of HyperAttention's default mode in the interpreter, against the float64 definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hyper_chunk_cases import CASES, assert_forward_matches, make_case
+from longspan.hyper.impl.triton.chunks_forward import triton_chunks_forward
+from longspan.hyper.impl.triton.chunks_lists import make_lists
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_float32(case, nan_scratch):
+    assert_forward_matches(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, nan_scratch):
+    assert_forward_matches(CASES[1], dtype)
+
+
+def test_opened_clusters_that_hold_all_the_weight():
+    """The column of a cluster is taken off again: exact where the cluster is all there is."""
+    case = CASES[0]
+    call, index = make_case(case, torch.float32)
+    key = call.key.clone()
+    key[:, :, 5] = 40 * call.query[:, :1, -1]  # a needle for the last query
+    from longspan.hyper.impl.common import chunk_index
+
+    call = call._replace(key=key)
+    index = chunk_index(call, case.config, None, 0)
+    output, _, _ = triton_chunks_forward(call, case.config, index)
+    torch.testing.assert_close(output[:, 0, -1], call.value[:, 0, 5], rtol=1e-5, atol=1e-5)
+
+
+def test_lists_hold_every_entry_once_and_in_order():
+    chosen = torch.tensor([[2, -1, 0, 2, 2, 0, -1, 2], [1, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.int32)
+    lists = make_lists(chosen, 3, 2)
+    found = [lists.entries[c // 3, b:e].tolist()
+             for c, (b, e) in enumerate(zip(lists.begins, lists.ends, strict=True))]  # fmt: skip
+    assert found == [[2, 5], [], [0, 3, 4, 7], [], list(range(8)), []]
+    tiles = lists.tile_list.tolist()
+    assert tiles[:7] == [0, 2, 2, 4, 4, 4, 4]
+    assert set(tiles[7:]) == {6}
+
+
+def test_bits_repeat(nan_scratch):
+    call, index = make_case(CASES[0], torch.float32)
+    one, two = (triton_chunks_forward(call, CASES[0].config, index) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
