@@ -85,8 +85,9 @@ def make_case(case: ChunkCase, dtype: torch.dtype, device: str = "cpu") -> tuple
     if case.spread != 1.0:
         k = k * case.spread
     config = case.config
+    offset = case.n_k - case.n_q if case.offset is None else case.offset
     call = validate("test", q, k, v, is_causal=True, enable_gqa=True, scale=case.scale,
-                    query_offset=case.n_k - case.n_q if case.offset is None else case.offset)  # fmt: skip
+                    query_offset=offset)  # fmt: skip
     assert chunks_refusal(call, config) is None
     planes = None
     if config.index == "lsh":

@@ -68,7 +68,9 @@ def _hyper_opened_fwd_kernel(
         count = tl.load(counts_ptr + c)
         c = c.to(tl.int64)
         # [BLOCK_M, BLOCK_D]
-        q_ptrs = q_ptr + ((head * GROUP + member) * stride_qh + rows.to(tl.int64) * stride_qn)[:, None]
+        q_ptrs = (
+            q_ptr + ((head * GROUP + member) * stride_qh + rows.to(tl.int64) * stride_qn)[:, None]
+        )
         q = tl.load(q_ptrs + offs_d[None, :], mask=is_entry[:, None] & (offs_d < DIM)[None, :],
                     other=0.0)  # fmt: skip
         if UPCAST:
@@ -76,7 +78,9 @@ def _hyper_opened_fwd_kernel(
         scale = scale * LOG2E
         if HAS_COLUMNS:
             mean_k = tl.load(mean_k_ptr + c * DIM + offs_d, mask=offs_d < DIM, other=0.0)
-            mean_v = tl.load(mean_v_ptr + c * VALUE_DIM + offs_dv, mask=offs_dv < VALUE_DIM, other=0.0)
+            mean_v = tl.load(
+                mean_v_ptr + c * VALUE_DIM + offs_dv, mask=offs_dv < VALUE_DIM, other=0.0
+            )
             dot = tl.sum(q.to(tl.float32) * mean_k.to(tl.float32)[None, :], 1)
             m_i = dot * scale + tl.load(bias_ptr + c)
             l_i = tl.full([BLOCK_M], -1.0, tl.float32)
