@@ -56,7 +56,7 @@ class Case(NamedTuple):
         return f"{self.length}-{self.dim}"
 
 
-CASES = [Case(131072, 64), Case(131072, 128), Case(8192, 64), Case(32768, 64), Case(8192, 128),
+CASES = [Case(131072, 64), Case(131072, 128), Case(8192, 64), Case(16384, 64), Case(32768, 64), Case(8192, 128),
          Case(32768, 128), Case(65536, 64)]  # fmt: skip
 
 # kernel -> head dim -> candidates; what runs is pinned in chunks_configs.py.
