@@ -28,12 +28,18 @@ from longspan._validation import Call, validate
 from longspan.bench.environment import environment
 from longspan.bench.measure import append_rows, make_row, peak_bytes, time_call
 from longspan.hyper.impl.common import chunk_index
-from longspan.hyper.impl.eager import eager_forward
+from longspan.hyper.impl.eager import eager_backward, eager_forward
+from longspan.hyper.impl.triton.chunks_backward import triton_chunks_backward
 from longspan.hyper.impl.triton.chunks_choose import triton_choose
 from longspan.hyper.impl.triton.chunks_forward import triton_chunks_forward
 from longspan.hyper.impl.triton.chunks_lists import make_lists
 from longspan.hyper.impl.triton.chunks_means import cluster_means
 from longspan.hyper.impl.triton.chunks_near import near_forward
+from longspan.hyper.impl.triton.chunks_near_bwd import (
+    column_backward,
+    near_key_backward,
+    near_query_backward,
+)
 from longspan.hyper.plan import ChunkIndex
 
 HEADS = 32
@@ -56,8 +62,8 @@ class Case(NamedTuple):
         return f"{self.length}-{self.dim}"
 
 
-CASES = [Case(131072, 64), Case(131072, 128), Case(8192, 64), Case(16384, 64), Case(32768, 64), Case(8192, 128),
-         Case(32768, 128), Case(65536, 64)]  # fmt: skip
+CASES = [Case(131072, 64), Case(131072, 128), Case(8192, 64), Case(16384, 64), Case(32768, 64),
+         Case(8192, 128), Case(32768, 128), Case(65536, 64)]  # fmt: skip
 
 # kernel -> head dim -> candidates; what runs is pinned in chunks_configs.py.
 TUNE: dict[str, dict[int, list[tuple[int, ...]]]] = {
@@ -127,7 +133,7 @@ def check(call: Call, index: ChunkIndex, kernels: dict[str, KernelConfig] | None
         value=call.value[:, head].double(), query_offset=call.query_offset + start,
     )  # fmt: skip
     one = ChunkIndex(*(field[:, head] for field in index))
-    want, want_lse, best = eager_forward(wide, CONFIG, one, chosen[:, head, start:])
+    want, want_lse, _ = eager_forward(wide, CONFIG, one, chosen[:, head, start:])
     found = relative(output[:, head, start:], want)
     _, _, exact = eager_forward(wide, CONFIG, one)
     same = (chosen[:, head, start:].sort(-1).values == exact.sort(-1).values).float().mean()
@@ -136,7 +142,33 @@ def check(call: Call, index: ChunkIndex, kernels: dict[str, KernelConfig] | None
           flush=True)  # fmt: skip
     if not (found <= _TOLERANCE and relative(lse[:, head, start:], want_lse) <= _TOLERANCE):
         raise SystemExit(f"output of {call.query.shape}: relative error {found:.1e}")
-    del best
+    return found
+
+
+@torch.no_grad()
+def check_gradients(call: Call, index: ChunkIndex) -> dict[str, float]:
+    """Relative errors of the gradients of one head, upstream zero but in the last rows."""
+    up = torch.zeros_like(call.query)
+    start = max(0, call.query.shape[2] - _ROWS)
+    up[:, :, start:].normal_()
+    output, lse, chosen = triton_chunks_forward(call, CONFIG, index)
+    grads = triton_chunks_backward(call, CONFIG, index, chosen, up, None, output, lse)
+    head = slice(HEADS - 1, HEADS)
+    wide = call._replace(
+        query=call.query[:, head, start:].double(), key=call.key[:, head].double(),
+        value=call.value[:, head].double(), query_offset=call.query_offset + start,
+    )  # fmt: skip
+    one = ChunkIndex(*(field[:, head] for field in index))
+    picks = chosen[:, head, start:]
+    want, want_lse, _ = eager_forward(wide, CONFIG, one, picks)
+    exact = eager_backward(wide, CONFIG, one, picks, up[:, head, start:].double(), None, want,
+                           want_lse)  # fmt: skip
+    ours = (grads[0][:, head, start:], grads[1][:, head], grads[2][:, head])
+    pairs = zip(("dq", "dk", "dv"), ours, exact, strict=True)
+    found = {name: relative(got, expected) for name, got, expected in pairs}
+    print("  gradients " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()), flush=True)
+    if not all(error <= 2 * _TOLERANCE for error in found.values()):
+        raise SystemExit(f"gradients of {call.query.shape}: {found}")
     return found
 
 
@@ -160,12 +192,19 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any], out: 
     """Rows of exact attention and of HyperAttention for one case."""
     call, index = inputs(case)
     q, k, v = call[:3]
+    up = torch.randn_like(q)
     shape = {"batch": 1, "heads": HEADS, "kv_heads": HEADS, "length": case.length,
              "head_dim": case.dim, "dtype": "bfloat16", "is_causal": True}  # fmt: skip
-    error = check(call, index)
+    errors = {"output": check(call, index), **check_gradients(call, index)}
     torch.cuda.empty_cache()
     far, near, moved = work(case)
-    floor = 1e3 * max((far + near) / ceilings["flops"], moved / ceilings["bytes"])
+    floors = {
+        "forward": 1e3 * max((far + near) / ceilings["flops"], moved / ceilings["bytes"]),
+        # dense parts: 5 products more; opened clusters: queries and dO gathered, slots written
+        # and read
+        "forward_backward": 1e3 * max((far * 8 / 3 + near * 7 / 2) / ceilings["flops"],
+                                      3 * moved / ceilings["bytes"]),
+    }  # fmt: skip
     rivals: dict[str, float] = {}
 
     def time_one(
@@ -177,9 +216,9 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any], out: 
         if name == "exact":
             rivals[f"{impl} {stage}"] = timing.ms_p50
         elif impl == "triton":
-            notes |= {"relative_errors": {"output": error}, "speedup_over_cudnn":
-                      rivals[f"cudnn {stage}"] / timing.ms_p50, "floor_ms": floor,
-                      "floor_ratio": timing.ms_p50 / floor, "extra_bytes_over_qkvo":
+            notes |= {"relative_errors": errors, "speedup_over_cudnn":
+                      rivals[f"cudnn {stage}"] / timing.ms_p50, "floor_ms": floors[stage],
+                      "floor_ratio": timing.ms_p50 / floors[stage], "extra_bytes_over_qkvo":
                       (peak_bytes(fn, DEVICE) or 0) / (4 * q.nbytes)}  # fmt: skip
         row = make_row(
             mechanism=name, impl=impl, config=CONFIG if name == "hyper" else impl, shape=shape,
@@ -201,19 +240,48 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any], out: 
                     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
             time_one("exact", name, "forward", exact, case.length >= _SLOW)
+
+            def both(exact: Callable[[], Tensor] = exact) -> Any:
+                with torch.enable_grad():
+                    return torch.autograd.grad(exact(), (q, k, v), up)
+
+            for t in (q, k, v):
+                t.requires_grad_(True)
+            time_one("exact", name, "forward_backward", both, case.length >= _SLOW)
+            for t in (q, k, v):
+                t.requires_grad_(False)
         make = functools.partial(chunk_index, call, CONFIG, None, 0)
         time_one("hyper", "triton", "forward",
                  lambda: triton_chunks_forward(call, CONFIG, make()))  # fmt: skip
+
+        def train() -> Any:
+            index = make()
+            output, lse, chosen = triton_chunks_forward(call, CONFIG, index)
+            return triton_chunks_backward(call, CONFIG, index, chosen, up, None, output, lse)
+
+        time_one("hyper", "triton", "forward_backward", train)
         time_one("hyper", "index only (torch)", "forward", make)
         given = functools.partial(triton_chunks_forward, call, CONFIG, index)
         time_one("hyper", "triton, index given", "forward", given)
         means = cluster_means(k, v, index)
-        output, _, chosen = given()
+        output, lse, chosen = given()
+        time_one("hyper", "triton, index given", "backward", lambda: triton_chunks_backward(
+            call, CONFIG, index, chosen, up, None, output, lse))  # fmt: skip
         time_one("hyper", "triton, means only", "forward", lambda: cluster_means(k, v, index))
         time_one("hyper", "triton, choice only", "forward",
                  lambda: triton_choose(call, CONFIG, means))  # fmt: skip
         time_one("hyper", "triton, near only", "forward",
-                 lambda: near_forward(call, CONFIG, means, output))  # fmt: skip
+                 lambda: near_forward(call, CONFIG, means, output.clone()))  # fmt: skip
+        delta = torch.zeros_like(lse)
+        d_mean = (means.key.float(), means.value.float())
+        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        shared = (call, CONFIG, means, up, lse, delta)
+        time_one("hyper", "triton, near dq only", "backward",
+                 lambda: near_query_backward(*shared, grads[0]))  # fmt: skip
+        time_one("hyper", "triton, near dk dv only", "backward",
+                 lambda: near_key_backward(*shared, *grads[1:]))  # fmt: skip
+        time_one("hyper", "triton, columns only", "backward",
+                 lambda: column_backward(*shared, d_mean))  # fmt: skip
         lists_of = chosen[0, :4].reshape(4, -1)
         time_one("hyper", "torch, lists of 4 heads", "forward",
                  lambda: make_lists(lists_of, index.counts.shape[2], 64))  # fmt: skip

@@ -10,7 +10,9 @@ from longspan import HyperConfig
 from longspan._validation import Call, validate
 from longspan.hyper.geometry import far_before
 from longspan.hyper.impl.common import chunk_index
+from longspan.hyper.impl.eager import eager_backward, eager_forward
 from longspan.hyper.impl.reference import chunks_reference
+from longspan.hyper.impl.triton.chunks_backward import triton_chunks_backward
 from longspan.hyper.impl.triton.chunks_forward import chunks_refusal, triton_chunks_forward
 from longspan.hyper.index.lsh import draw_projections
 from longspan.hyper.plan import ChunkIndex
@@ -142,3 +144,23 @@ def assert_forward_matches(case: ChunkCase, dtype: torch.dtype, device: str = "c
     assert output.shape == want.output.shape
     torch.testing.assert_close(output.double(), want.output.double(), rtol=limit, atol=limit)
     torch.testing.assert_close(lse.double(), want.lse.double(), rtol=limit, atol=limit)
+
+
+def assert_backward_matches(case: ChunkCase, dtype: torch.dtype, device: str = "cpu") -> None:
+    """dq, dk and dv, through output and lse, against plain torch in float64, norm by norm."""
+    call, index = make_case(case, dtype, device)
+    output, lse, chosen = triton_chunks_forward(call, case.config, index)
+    generator = torch.Generator(device="cpu").manual_seed(7)
+    up = torch.randn(output.shape, generator=generator).to(device, dtype)
+    up_lse = torch.randn(lse.shape, generator=generator).to(device)
+    grads = triton_chunks_backward(call, case.config, index, chosen, up, up_lse, output, lse)
+    wide, wide_index = widened(call, index)
+    want, want_lse, _ = eager_forward(wide, case.config, wide_index, chosen)
+    exact = eager_backward(wide, case.config, wide_index, chosen, up.double(), up_lse.double(),
+                           want, want_lse)  # fmt: skip
+    limit = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    for name, got, expected in zip(("dq", "dk", "dv"), grads, exact, strict=True):
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+        error = float(torch.dist(got.double(), expected) / expected.norm())
+        assert error <= limit, f"{name}: relative error {error:.2e}"

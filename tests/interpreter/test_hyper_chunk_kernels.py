@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyper_chunk_cases import CASES, assert_forward_matches, make_case
+from hyper_chunk_cases import CASES, assert_backward_matches, assert_forward_matches, make_case
 from longspan.hyper.impl.triton.chunks_forward import triton_chunks_forward
 from longspan.hyper.impl.triton.chunks_lists import make_lists
 
@@ -15,9 +15,15 @@ def test_float32(case, nan_scratch):
     assert_forward_matches(case, torch.float32)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_gradients(case, nan_scratch):
+    assert_backward_matches(case, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, nan_scratch):
     assert_forward_matches(CASES[1], dtype)
+    assert_backward_matches(CASES[1], dtype)
 
 
 def test_opened_clusters_that_hold_all_the_weight():

@@ -67,5 +67,7 @@ def triton_chunks_backward(
         column_backward(call, config, means, up, lse, delta, d_mean, tiles.get("column"))
     opened_backward(call, config, index, means, chosen, up, lse, delta, d_mean, (dq, dk, dv),
                     tiles.get("opened_bwd"))  # fmt: skip
-    dq, dk, dv = (t[..., :width].contiguous() for t, width in zip((dq, dk, dv), widths, strict=True))
+    dq, dk, dv = (
+        t[..., :width].contiguous() for t, width in zip((dq, dk, dv), widths, strict=True)
+    )
     return dq, dk, dv

@@ -131,9 +131,7 @@ def _hyper_opened_bwd_kernel(
             dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee") * scale
             slots = slot_ptr + entries.to(tl.int64)[:, None] * DIM + offs_d[None, :]
             mask = is_entry[:, None] & mask_d[None, :]
-            if HAS_COLUMNS:
-                dq += tl.load(slots, mask=mask, other=0.0).to(tl.float32)
-            elif i > 0:
+            if HAS_COLUMNS or i > 0:
                 dq += tl.load(slots, mask=mask, other=0.0).to(tl.float32)
             tl.store(slots, dq.to(slot_ptr.dtype.element_ty), mask=mask)
         tl.debug_barrier()
