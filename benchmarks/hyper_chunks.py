@@ -84,6 +84,14 @@ TUNE: dict[str, dict[int, list[tuple[int, ...]]]] = {
              (32, 16, 1, 1)],
         128: [(64, 16, 4, 1), (128, 16, 4, 1), (128, 16, 8, 1), (32, 16, 2, 1), (64, 16, 2, 1)],
     },
+    "opened_bwd": {
+        64: [(64, 16, 4, 1), (32, 16, 4, 1), (32, 16, 2, 1), (64, 16, 8, 1), (64, 16, 2, 1)],
+        128: [(32, 16, 4, 1), (64, 16, 8, 1), (32, 16, 8, 1), (64, 16, 4, 1)],
+    },
+    "column": {
+        64: [(64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 2), (32, 128, 4, 3)],
+        128: [(64, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 3)],
+    },
 }  # fmt: skip
 
 
@@ -320,6 +328,8 @@ def run_trial(
 ) -> str:  # fmt: skip
     """Time of the whole forward with a candidate; or why it does not run."""
     _, kind, sizes = trial
+    if kind in ("opened_bwd", "column"):
+        return backward_trial(kind, KernelConfig(*sizes), call, index, want)
     chosen = None if want is None or kind == "choose" else want[2]
     run = functools.partial(triton_chunks_forward, call, CONFIG, index, chosen,
                             {kind: KernelConfig(*sizes)})  # fmt: skip
@@ -340,6 +350,30 @@ def run_trial(
         fn = functools.partial(near_forward, call, CONFIG, means, torch.empty_like(got[0]),
                                KernelConfig(*sizes))  # fmt: skip
     return f"{time_call(fn, device=DEVICE, warmup_ms=10, measure_ms=40).ms_p50:.3f} ms"
+
+
+def backward_trial(
+    kind: str,
+    sizes: KernelConfig,
+    call: Call,
+    index: ChunkIndex,
+    forward: tuple[Tensor, ...] | None,
+) -> str:
+    """The same for a kernel of the backward; the time is that of the whole backward."""
+    output, lse, chosen = forward or triton_chunks_forward(call, CONFIG, index)
+    default = functools.partial(triton_chunks_backward, call, CONFIG, index, chosen, call.value,
+                                None, output, lse)  # fmt: skip
+    run = functools.partial(default, {kind: sizes})
+    try:
+        got = run()
+    except Exception as error:
+        return type(error).__name__
+    if forward is None:
+        return ""
+    error = max(relative(a, b) for a, b in zip(got, default(), strict=True))
+    if not error <= _TOLERANCE:
+        return f"WRONG: relative difference {error:.1e}"
+    return f"{time_call(run, device=DEVICE, warmup_ms=0, measure_ms=0).ms_p50:.3f} ms (backward)"
 
 
 if __name__ == "__main__":
