@@ -23,6 +23,7 @@ NAMES = {
     "exact-fa2": "exact, torch flash",
     "exact-cudnn": "exact, torch cuDNN",
     "window": "window 1024 + 4 sinks",
+    "hyper": "HyperAttention, the paper's mode",
     "stick_breaking": "stick-breaking, every key visited",
 }
 
@@ -49,6 +50,8 @@ def shown_as(row: dict) -> str | None:
     if row["mechanism"] == "stick_breaking":
         full = row.get("regime") == "alive" and not row.get("early_stop")
         return "stick_breaking" if full and row["kv_heads"] == row["heads"] else None
+    if row["mechanism"] == "hyper" and row["impl"] == "triton":
+        return "hyper" if "'recursion'" in str(row["config"]) else None
     if row["mechanism"] == "window" and row["impl"] == "triton":
         return "window" if "1024" in str(row["config"]) else None
     return None
@@ -108,7 +111,7 @@ def draw(rows: list[dict]) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "longspan"
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for (key, name), style in zip(NAMES.items(), ("o--", "s--", "D-", "^-"), strict=True):
+    for (key, name), style in zip(NAMES.items(), ("o--", "s--", "D-", "v-", "^-"), strict=True):
         points = [(n, best(rows, key, 128, n, "forward")) for n in LENGTHS]
         points = [(n, ms) for n, ms in points if ms is not None]
         if points:

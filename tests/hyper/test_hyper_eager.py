@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hyper_cases import ALL, CHUNKS, make_plan
@@ -274,3 +276,25 @@ def test_memory_is_linear(name):
         ops.hyper_bwd._init_fn(torch.ones_like(output), None, output, lse, chosen, *inputs, None,
                                planes, index, True, 1.0, 0, *settings, 0, "eager")  # fmt: skip
     assert largest < length * length // 4
+
+
+def test_choice_does_not_see_where_rotary_positions_begin():
+    """Shifting all positions turns queries and keys alike: scores, and so choices, stay."""
+    q, k, v = make_qkv(1, 2, 300, 16, dtype=torch.float64)
+    k[:, :, ::7] *= 3.0  # clusters of unequal spread
+
+    def turned(x, shift):
+        angles = (torch.arange(300) + shift).double()[:, None] * 10.0 ** -torch.arange(8).double()
+        first, second = x.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    config = HyperConfig(window=8, chunk_size=32, cluster_size=4, num_probes=3)
+    assert config.probe_spread > 0
+    _, index, chosen = make_plan(turned(q, 0), turned(k, 0), v, config, is_causal=True)
+    _, moved, again = make_plan(turned(q, 1234), turned(k, 1234), v, config, is_causal=True)
+    assert torch.equal(index.labels, moved.labels)
+    assert torch.equal(chosen, again)
+    plain = make_plan(turned(q, 0), turned(k, 0), v, replace(config, probe_spread=0.0),
+                      is_causal=True)[2]  # fmt: skip
+    assert not torch.equal(chosen, plain)

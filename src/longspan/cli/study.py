@@ -38,6 +38,7 @@ def study(
         hyper-pretrained: what does HyperAttention cost in a pretrained model?
         hyper-finetune: does training under it close its gap to exact attention?
         infini-passkey: does Infini-attention, trained at 5,000 tokens, find a key in a million?
+        infini-books: does a compressive memory help to model books of 32,768 tokens?
     train
         Texts to train on: a folder of .txt files or an archive.
     heldout
@@ -61,7 +62,7 @@ def study(
     only
         Phases, with commas, e.g. small:rope,recall; all others are left out. For
         hyper-pretrained: of perplexity, tasks, layers and mass. For infini-passkey: e.g.
-        linear:0,local:0.
+        linear:0,local:0. For infini-books: of infini, window, cache, infini-delta and full.
     model
         hyper-pretrained: a name of `longspan models`, a folder, or owner/name.
     tokens
@@ -122,6 +123,21 @@ def study(
             sizes=finetune.SMALL if small else finetune.FULL,
             device=check_device(device),
             stop_after=stop_after,
+            listener=_say,
+        ).is_finished
+        if not finished:
+            console.print(f"To go on: the same command with --out {folder}", soft_wrap=True)
+        return _write_report(info.package, folder)
+    if info.name == "infini-books":
+        from ..studies.infini_books import run as books
+
+        finished = books.run_books(
+            open_data(data),
+            folder,
+            sizes=books.SMALL if small else books.FULL,
+            device=check_device(device),
+            stop_after=stop_after,
+            only=only.split(",") if only else None,
             listener=_say,
         ).is_finished
         if not finished:

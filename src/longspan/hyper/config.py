@@ -46,10 +46,10 @@ class HyperConfig:
     cluster_size: mean number of keys of a cluster; a power of two.
     num_probes: clusters that each query opens, i.e. visits key by key: those with the largest
         scale * q . mean_key + log(count) (+ probe_spread times the standard deviation).
-    probe_spread: adds that many standard deviations of a cluster's scores, by the diagonal of its
-        covariance, to what clusters are chosen by: finds clusters with one excellent key. 2
-        measures best; 0 is the default because that diagonal turns with rotary positions, so that
-        the same text chooses otherwise when all its positions are shifted.
+    probe_spread: adds that many standard deviations of a cluster's scores to what clusters are
+        chosen by, from the variance of its keys (the mean over dimensions d and d + D/2, which
+        rotary embedding turns together: a text whose positions are all shifted chooses the same).
+        Finds clusters with one excellent key. 2 measured best; 0 chooses by the mean alone.
     num_globals: keys of each chunk that every later query visits: the ones farthest from the mean
         of their cluster.
 
@@ -76,7 +76,7 @@ class HyperConfig:
     chunk_size: int = 512
     cluster_size: int = 16
     num_probes: int = 16
-    probe_spread: float = 0.0
+    probe_spread: float = 2.0
     num_globals: int = 0
     block_size: int = 256
     min_length: int = 2048
@@ -98,6 +98,7 @@ class HyperConfig:
             "num_samples": 256,
             "num_projections": 7,
             "num_sinks": 0,
+            "probe_spread": 0.0,
         }
         return cls(**{**paper, **settings})
 

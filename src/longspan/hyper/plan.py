@@ -31,8 +31,8 @@ class ChunkIndex(NamedTuple):
     mean_key: Tensor  # (B, H_kv, M, D) float32 (float64 for float64): of the keys as given
     samples: Tensor  # (B, H_kv, C * R) int32: sampled positions, R = num_samples; R = 0 if none
     sample_bias: Tensor  # (B, H_kv, C * R) float32: log of the weight of each sample; -inf: void
-    variance: Tensor  # (B, H_kv, M, D) as mean_key: of each cluster's keys, for probe_spread;
-    #   (B, H_kv, 0, D) if probe_spread is 0
+    variance: Tensor  # (B, H_kv, M, D) as mean_key: of each cluster's keys, for probe_spread,
+    #   d and d + D/2 sharing their mean; (B, H_kv, 0, D) if probe_spread is 0
 
 
 class Columns(NamedTuple):

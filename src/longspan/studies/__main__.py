@@ -43,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     passkey.add_argument("--steps", type=int, help="of each training, instead of a budget")
     passkey.add_argument("--small", action="store_true", help="sizes for a processor")
     passkey.add_argument("--only", help="phases, with commas, e.g. linear:0,local:0 or :0")
-    for one in (length, hyper, finetune, passkey):
+    books = studies.add_parser("infini-books")
+    books.add_argument("--data", type=Path, required=True, help="folder of `prepare_data`")
+    books.add_argument("--steps", type=int, help="of each training")
+    books.add_argument("--small", action="store_true", help="sizes for a processor")
+    books.add_argument("--only", help="models, with commas, e.g. infini,window")
+    for one in (length, hyper, finetune, passkey, books):
         one.add_argument("--out", type=Path, required=True, help="folder of the run")
         one.add_argument("--stop-after", type=float, help="seconds until this call returns")
         one.add_argument("--device")
@@ -62,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             "hyper-pretrained": _hyper,
             "hyper-finetune": _finetune,
             "infini-passkey": _passkey,
+            "infini-books": _books,
         }
         outcome, failures = runs[chosen.study](chosen, say)
     except LongspanError as error:
@@ -127,6 +133,23 @@ def _finetune(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[b
         sizes=SMALL if chosen.small else FULL,
         device=chosen.device,
         stop_after=chosen.stop_after,
+        listener=say,
+    )
+    return outcome.is_finished, []
+
+
+def _books(chosen: argparse.Namespace, say: Callable[[str], None]) -> tuple[bool, list[str]]:
+    from .infini_books.run import FULL, SMALL, run_books
+    from .stick_breaking_length.data import open_data
+
+    outcome = run_books(
+        open_data(chosen.data),
+        chosen.out,
+        sizes=SMALL if chosen.small else FULL,
+        steps=chosen.steps,
+        device=chosen.device,
+        stop_after=chosen.stop_after,
+        only=chosen.only.split(",") if chosen.only else None,
         listener=say,
     )
     return outcome.is_finished, []

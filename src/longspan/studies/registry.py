@@ -39,6 +39,11 @@ _TABLE = (
         package="infini_passkey",
         question="Does Infini-attention find a passkey far beyond its training length?",
     ),
+    StudyInfo(
+        name="infini-books",
+        package="infini_books",
+        question="Does a compressive memory help to model books?",
+    ),
 )
 
 STUDIES: dict[str, StudyInfo] = {info.name: info for info in _TABLE}

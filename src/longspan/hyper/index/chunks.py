@@ -61,7 +61,7 @@ def build_chunk_index(
         mean_key[part] = centre + mean
         if config.probe_spread:
             square = cluster_means(x.square(), labels[part], per_chunk)
-            variance[part] = (square - centre.square()).clamp(min=0)
+            variance[part] = _shared_in_pairs((square - centre.square()).clamp(min=0))
 
     counts = torch.zeros((groups, per_chunk + 1), dtype=torch.int32, device=device)
     counts.scatter_add_(1, labels.long(), torch.ones_like(labels))
@@ -101,6 +101,19 @@ def cluster_means(x: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """(G, K, D): mean row of each cluster, zero for empty ones. Matrix products: deterministic."""
     member = member_matrix(labels, num_clusters, x.dtype)
     return (member @ x) / member.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _shared_in_pairs(variance: Tensor) -> Tensor:
+    """The mean of entries d and d + D // 2 (D even), the two that rotary embedding turns together.
+
+    Shifting all positions turns each pair by one angle, which leaves the trace of its covariance,
+    and the length of the query's pair, as they are.
+    """
+    half = variance.shape[-1] // 2
+    if variance.shape[-1] % 2:
+        return variance
+    mean = (variance[..., :half] + variance[..., half:]) / 2
+    return torch.cat((mean, mean), -1)
 
 
 def _labels(

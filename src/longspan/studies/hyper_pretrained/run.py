@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ...mechanisms import mechanism_of_config
 from ..clock import Clock, OutOfTime
 from .measure import document_rows, layer_masses, patched, token_losses, visited_share
 from .settings import SETTINGS, SHOWN, setting_text
-from .tasks import TASKS, make_task, score_tasks
+from .tasks import TASKS, TaskPrompt, make_task, score_tasks
 
 __all__ = ["PARTS", "PretrainedOutcome", "run_pretrained"]
 
@@ -103,6 +103,7 @@ class _Study:
     impl: str
     clock: Clock
     say: Callable[[str], None]
+    made: dict[tuple[str, int], list[TaskPrompt]] = field(default_factory=dict)
 
     def run(self, part: str, lengths: list[int], settings: Sequence[str] | None) -> None:
         if part == "perplexity":
@@ -165,19 +166,14 @@ class _Study:
             return
         self.clock.check(needed=1.0)
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        book = max((text.text for text in self.texts), key=len)
         config = parse_config(setting_text(name))
+        made = self._prompts(task, length)
         scores: list[float] = []
         begin = time.perf_counter()
         with patched(model, config, impl=self.impl):
             for start in range(0, self.prompts, self.batch):
                 self.clock.check()
-                seeds = range(start, min(start + self.batch, self.prompts))
-                made = [
-                    make_task(task, tokenizer, length=length - _ANSWER_ROOM, seed=seed, book=book)
-                    for seed in seeds
-                ]
-                scores += score_tasks(model, tokenizer, made)
+                scores += score_tasks(model, tokenizer, made[start : start + self.batch])
         mean = sum(scores) / len(scores)
         self._add(
             "task",
@@ -186,6 +182,18 @@ class _Study:
              "seconds": time.perf_counter() - begin},
         )  # fmt: skip
         self.say(f"{name}, {task} at {length}: {100 * mean:.1f} %")
+
+    def _prompts(self, task: str, length: int) -> list[TaskPrompt]:
+        """Made once: all settings read the same."""
+        if (task, length) not in self.made:
+            book = max((text.text for text in self.texts), key=len)
+            self.made[task, length] = [
+                make_task(
+                    task, self.loaded.tokenizer, length=length - _ANSWER_ROOM, seed=seed, book=book
+                )
+                for seed in range(self.prompts)
+            ]
+        return self.made[task, length]
 
     def _mass(self, length: int) -> None:
         count = count_full_layers(self.loaded.model)

@@ -160,19 +160,22 @@ def _longest(
             f"length: {length} tokens came, too few for the task without any filler "
             f"({count(build(0))}). Pass a longer length."
         )
-    low, high = 0, 12 * length  # characters; a token has fewer than 12
-    if most < 4 * length:
-        raise ConfigError(
-            f"book: {most:,} characters came, too few for {length} tokens. Allowed: a text of at "
-            f"least {4 * length:,}. Pass a longer one."
-        )
-    while high - low > 16:
-        middle = (low + high) // 2
-        if count(build(middle)) <= length:
-            low = middle
+    # Tokens grow about evenly with the filler: aim at the length, and halve where that stalls.
+    low, few = 0, count(build(0))
+    high, many = 12 * length, 0  # characters; a token has fewer than 12
+    for turn in itertools.count():
+        if high - low <= 16:
+            return build(low)
+        guess = (low + high) // 2
+        if turn % 3 < 2:
+            rate = (many - few) / (high - low) if many else 0.25
+            guess = min(high - 8, max(low + 8, round(low + (length - few) / rate) - 8 * (turn % 3)))
+        found = count(build(guess))
+        if found <= length:
+            low, few = guess, found
         else:
-            high = middle
-    return build(low)
+            high, many = guess, found
+    raise AssertionError
 
 
 def _distinct(tokenizer: Any) -> list[str]:
