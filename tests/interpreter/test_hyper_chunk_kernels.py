@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyper_chunk_cases import CASES, assert_backward_matches, assert_forward_matches, make_case
+from hyper_chunk_cases import (
+    CASES,
+    SMALL,
+    assert_backward_matches,
+    assert_forward_matches,
+    make_case,
+)
+from longspan import HyperConfig, hyper_attention
+from longspan.errors import UnsupportedError
+from longspan.hyper.impl.common import chunk_index
 from longspan.hyper.impl.triton.chunks_forward import triton_chunks_forward
 from longspan.hyper.impl.triton.chunks_lists import make_lists
 
@@ -32,8 +41,6 @@ def test_opened_clusters_that_hold_all_the_weight():
     call, index = make_case(case, torch.float32)
     key = call.key.clone()
     key[:, :, 5] = 40 * call.query[:, :1, -1]  # a needle for the last query
-    from longspan.hyper.impl.common import chunk_index
-
     call = call._replace(key=key)
     index = chunk_index(call, case.config, None, 0)
     output, _, _ = triton_chunks_forward(call, case.config, index)
@@ -55,3 +62,37 @@ def test_bits_repeat(nan_scratch):
     call, index = make_case(CASES[0], torch.float32)
     one, two = (triton_chunks_forward(call, CASES[0].config, index) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_public_function_takes_the_kernels():
+    case = CASES[0]
+    call, _ = make_case(case, torch.float32)
+    grads, outputs = [], []
+    for impl in ("triton", "eager"):
+        leaves = [t.clone().requires_grad_() for t in call[:3]]
+        output = hyper_attention(*leaves, is_causal=True, enable_gqa=True, config=case.config,
+                                 impl=impl)  # fmt: skip
+        outputs.append(output)
+        grads.append(torch.autograd.grad(output.square().sum(), leaves))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "said"),
+    [
+        ({}, {"is_causal": False}, "not causal"),
+        ({}, {"key_lengths": torch.tensor([40], dtype=torch.int32)}, "key_lengths"),
+        ({"residual": "uniform"}, {}, "residual"),
+        ({"num_globals": 1}, {}, "num_globals"),
+        ({"probe_spread": 2.0}, {}, "probe_spread"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(settings, change, said):
+    q = torch.randn(1, 1, 64, 16)
+    config = HyperConfig(**{**SMALL, **settings})
+    arguments = {"is_causal": True, "config": config, **change}
+    with pytest.raises(UnsupportedError, match=said):
+        hyper_attention(q, q, q, impl="triton", **arguments)
+    hyper_attention(q, q, q, **arguments)

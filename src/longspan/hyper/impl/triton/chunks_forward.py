@@ -15,6 +15,7 @@ Mean keys and values are rounded to the dtype of the call before the queries mee
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...._triton.launch import KernelConfig
@@ -27,24 +28,7 @@ from .chunks_near import near_forward
 from .chunks_opened import add_opened
 from .tiles import kernel_input
 
-__all__ = ["chunks_refusal", "triton_chunks_forward"]
-
-
-def chunks_refusal(call: Call, config: HyperConfig) -> str | None:
-    """Why these kernels cannot take a call of structure "chunks"; None if they can."""
-    if not call.is_causal:
-        return "the Triton kernels of structure='chunks' are causal only"
-    if call.key_lengths is not None:
-        return "the Triton kernels of structure='chunks' take no key_lengths"
-    if config.residual not in ("centroid", "none"):
-        return (
-            "the Triton kernels of structure='chunks' take residual='centroid' or 'none', "
-            f"got {config.residual!r}"
-        )
-    for name in ("num_globals", "probe_spread", "variance_term"):
-        if getattr(config, name):
-            return f"the Triton kernels of structure='chunks' do not have {name}"
-    return None
+__all__ = ["triton_chunks_forward"]
 
 
 def triton_chunks_forward(
@@ -71,7 +55,8 @@ def triton_chunks_forward(
     means = cluster_means(key, value, index)
     if chosen is None:
         chosen = triton_choose(call, config, means, tiles.get("choose"))
-    chosen = chosen.contiguous()
+    else:
+        chosen = chosen.clone(memory_format=torch.contiguous_format)  # operators must not alias
     output = query.new_empty((batch, heads, n_q, value.shape[-1]))
     lse = near_forward(call, config, means, output, tiles.get("near"))
     add_opened(call, config, index, means, chosen, output, lse, tiles.get("opened"))
