@@ -185,7 +185,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def work(case: Case) -> tuple[float, float, float]:
-    """Operations of choice and columns, of near and opened keys; bytes, for all heads."""
+    """Operations of choice and columns, of near and opened keys; bytes. Of all heads."""
     chunks = case.length // CONFIG.chunk_size
     far = chunks * (chunks - 1) / 2 * CONFIG.chunk_size * CONFIG.clusters_per_chunk
     near = case.length * (CONFIG.window + CONFIG.chunk_size / 2)
@@ -193,7 +193,7 @@ def work(case: Case) -> tuple[float, float, float]:
     product = 2 * case.dim
     slots = case.length * CONFIG.num_probes * (2 * case.dim + 8)
     moved = 4 * case.length * case.dim * 2 + 2 * slots + slots  # slots twice, queries gathered
-    return (HEADS * 3 * product * far, HEADS * 2 * product * (near + opened), HEADS * moved)
+    return (HEADS * 4 * product * far, HEADS * 2 * product * (near + opened), HEADS * moved)
 
 
 def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any], out: str) -> None:
@@ -210,7 +210,7 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any], out: 
         "forward": 1e3 * max((far + near) / ceilings["flops"], moved / ceilings["bytes"]),
         # dense parts: 5 products more; opened clusters: queries and dO gathered, slots written
         # and read
-        "forward_backward": 1e3 * max((far * 8 / 3 + near * 7 / 2) / ceilings["flops"],
+        "forward_backward": 1e3 * max((far * 9 / 4 + near * 7 / 2) / ceilings["flops"],
                                       3 * moved / ceilings["bytes"]),
     }  # fmt: skip
     rivals: dict[str, float] = {}
@@ -277,7 +277,7 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any], out: 
             call, CONFIG, index, chosen, up, None, output, lse))  # fmt: skip
         time_one("hyper", "triton, means only", "forward", lambda: cluster_means(k, v, index))
         time_one("hyper", "triton, choice only", "forward",
-                 lambda: triton_choose(call, CONFIG, means))  # fmt: skip
+                 lambda: triton_choose(call, CONFIG, means, index.variance))  # fmt: skip
         time_one("hyper", "triton, near only", "forward",
                  lambda: near_forward(call, CONFIG, means, output.clone()))  # fmt: skip
         delta = torch.zeros_like(lse)
@@ -345,7 +345,9 @@ def run_trial(
     means = cluster_means(call.key, call.value, index)
     fn: Callable[[], Any] = run
     if kind == "choose":
-        fn = functools.partial(triton_choose, call, CONFIG, means, KernelConfig(*sizes))
+        fn = functools.partial(
+            triton_choose, call, CONFIG, means, index.variance, KernelConfig(*sizes)
+        )
     elif kind == "near":
         fn = functools.partial(near_forward, call, CONFIG, means, torch.empty_like(got[0]),
                                KernelConfig(*sizes))  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from longspan import HyperConfig
 from longspan._validation import Call, validate
 from longspan.hyper.geometry import far_before
-from longspan.hyper.impl.common import chunk_index
+from longspan.hyper.impl.common import choice_scores, chunk_index
 from longspan.hyper.impl.eager import eager_backward, eager_forward
 from longspan.hyper.impl.reference import chunks_reference
 from longspan.hyper.impl.triton.chunks_backward import triton_chunks_backward
@@ -64,6 +64,7 @@ CASES = [
     ChunkCase(20, 20),
     ChunkCase(64, 64, settings={"num_probes": 2, "chunk_size": 16, "cluster_size": 16}),
     ChunkCase(64, 64, scale=-0.4),
+    ChunkCase(90, 90, settings={"probe_spread": 0.0}),
 ]
 LARGE_CASES = [
     ChunkCase(1999, 1999, heads=4, kv_heads=2, dim=64, value_dim=64, base="large"),
@@ -108,7 +109,11 @@ def assert_choice_is_best(case: ChunkCase, call: Call, index: ChunkIndex, chosen
     """Distinct far clusters, as many as there are, and none left out that scores clearly more."""
     wide, index = widened(call, index)
     config, group = case.config, case.heads // case.kv_heads
-    scores = call.scale * wide.query @ index.mean_key.repeat_interleave(group, 1).mT
+    means, variances = (t.repeat_interleave(group, 1).flatten(0, 1)
+                        for t in (index.mean_key, index.variance))  # fmt: skip
+    scores = choice_scores((call.scale * wide.query).flatten(0, 1), means, variances,
+                           config.probe_spread)  # fmt: skip
+    scores = scores.unflatten(0, (case.batch, case.heads))
     scores = scores + torch.log(index.counts.double()).repeat_interleave(group, 1)[:, :, None]
     clusters = scores.shape[-1]
     if clusters == 0 or chosen.shape[-1] == 0:

@@ -86,7 +86,6 @@ def test_public_function_takes_the_kernels():
         ({}, {"key_lengths": torch.tensor([40], dtype=torch.int32)}, "key_lengths"),
         ({"residual": "uniform"}, {}, "residual"),
         ({"num_globals": 1}, {}, "num_globals"),
-        ({"probe_spread": 2.0}, {}, "probe_spread"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_refused(settings, change, said):

@@ -279,7 +279,7 @@ def _chunks_refusal(call: Call, config: HyperConfig) -> str | None:
         return "key_lengths with structure='chunks': the Triton kernels take none"
     if config.residual not in ("centroid", "none"):
         return f"residual={config.residual!r} with structure='chunks' has no Triton kernels"
-    for name in ("num_globals", "probe_spread", "variance_term"):
+    for name in ("num_globals", "variance_term"):
         if getattr(config, name):
             return f"{name} with structure='chunks' has no Triton kernels"
     return None

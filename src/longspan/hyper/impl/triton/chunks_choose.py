@@ -1,4 +1,6 @@
-"""Each query's choice of clusters: the best by scale * q . mean_key + log(count), row by row.
+"""Each query's choice of clusters, row by row: the best by
+
+    scale * q . mean_key + log(count) + probe_spread * |scale| * sqrt(sum_d q_d^2 variance_d)
 
 A program holds BLOCK_M queries and streams over the mean keys of their far clusters, the nearest
 first. A cluster enters the list of a row if it beats the least of the list; since few do after the
@@ -36,14 +38,18 @@ def far_rows(p, full, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _choose_step(
-    top, names, q, mean_ptr, bias_ptr, start, end, limit, offs_n, offs_d, offs_p, scale,
-    DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    top, names, q, square, mean_ptr, var_ptr, bias_ptr, start, end, limit, offs_n, offs_d, offs_p,
+    scale, spread,
+    SPREAD: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Let the clusters start .. start + BLOCK_N compete; where MASKED, those before `limit`."""
     mean = load_rows(mean_ptr, DIM, start, end, offs_n, offs_d, DIM, BLOCK_D, MASKED, UPCAST)
     bias = tl.load(bias_ptr + start + offs_n, mask=start + offs_n < end, other=0.0)
     s = tl.dot(q, tl.trans(mean), input_precision="ieee") * scale + bias[None, :]
+    if SPREAD:
+        var = load_rows(var_ptr, DIM, start, end, offs_n, offs_d, DIM, BLOCK_D, MASKED, UPCAST)
+        s += tl.sqrt(tl.dot(square, tl.trans(var), input_precision="ieee")) * spread
     if MASKED:
         s = tl.where((start + offs_n)[None, :] < limit[:, None], s, _NONE)
     s = tl.minimum(tl.maximum(s, _NONE), _MOST)
@@ -69,10 +75,10 @@ def _choose_step(
 
 @triton.jit(do_not_specialize=["n_q", "tiles", "clusters", "query_offset", "full"])
 def _hyper_choose_kernel(
-    q_ptr, mean_k_ptr, bias_ptr, chosen_ptr, stride_qb, stride_qh, stride_qn,
-    scale, heads, n_q, tiles, clusters, query_offset, full,
+    q_ptr, mean_k_ptr, var_ptr, bias_ptr, chosen_ptr, stride_qb, stride_qh, stride_qn,
+    scale, spread, heads, n_q, tiles, clusters, query_offset, full,
     GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    PER_CHUNK: tl.constexpr, PROBES: tl.constexpr, SLOTS: tl.constexpr,
+    SPREAD: tl.constexpr, PER_CHUNK: tl.constexpr, PROBES: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """chosen (B, H, N_q, PROBES), contiguous, of BLOCK_M queries; SLOTS: power of two."""
@@ -82,6 +88,8 @@ def _hyper_choose_kernel(
     kv = b * (heads // GROUP) + h // GROUP
     q_ptr += b * stride_qb + h * stride_qh
     mean_k_ptr += kv * clusters * DIM
+    if SPREAD:
+        var_ptr += kv * clusters * DIM
     bias_ptr += kv * clusters
     start_m = entry * BLOCK_M
     end_m = tl.minimum(start_m + BLOCK_M, n_q)
@@ -91,6 +99,12 @@ def _hyper_choose_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_p = tl.arange(0, SLOTS)
     q = load_rows(q_ptr, stride_qn, start_m, end_m, offs_m, offs_d, DIM, BLOCK_D, True, UPCAST)
+    square = q
+    if SPREAD:
+        wide = q.to(tl.float32)
+        square = (wide * wide).to(var_ptr.dtype.element_ty)
+        if UPCAST:
+            square = square.to(tl.float32)
     limit = far_rows(start_m + offs_m + query_offset, full, WINDOW, CHUNK) * PER_CHUNK
     first = far_rows(start_m + query_offset, full, WINDOW, CHUNK) * PER_CHUNK
     last = far_rows(end_m - 1 + query_offset, full, WINDOW, CHUNK) * PER_CHUNK
@@ -102,21 +116,29 @@ def _hyper_choose_kernel(
     whole = first // BLOCK_N * BLOCK_N
     for start in range(whole, last, BLOCK_N):
         top, names = _choose_step(
-            top, names, q, mean_k_ptr, bias_ptr, start, last, limit, offs_n, offs_d, offs_p,
-            scale * LOG2E, DIM, SLOTS, BLOCK_N, BLOCK_D, True, UPCAST)  # fmt: skip
+            top, names, q, square, mean_k_ptr, var_ptr, bias_ptr, start, last, limit, offs_n,
+            offs_d, offs_p, scale * LOG2E, spread * LOG2E, SPREAD, DIM, SLOTS, BLOCK_N, BLOCK_D, True, UPCAST)  # fmt: skip
     for back in range(BLOCK_N, whole + 1, BLOCK_N):
         top, names = _choose_step(
-            top, names, q, mean_k_ptr, bias_ptr, whole - back, last, limit, offs_n, offs_d, offs_p,
-            scale * LOG2E, DIM, SLOTS, BLOCK_N, BLOCK_D, False, UPCAST)  # fmt: skip
+            top, names, q, square, mean_k_ptr, var_ptr, bias_ptr, whole - back, last, limit, offs_n,
+            offs_d, offs_p, scale * LOG2E, spread * LOG2E, SPREAD, DIM, SLOTS, BLOCK_N, BLOCK_D, False, UPCAST)  # fmt: skip
     rows = bh * n_q + start_m + offs_m
     mask = (start_m + offs_m < end_m)[:, None] & (offs_p < PROBES)[None, :]
     tl.store(chosen_ptr + rows[:, None] * PROBES + offs_p[None, :], names, mask=mask)
 
 
 def triton_choose(
-    call: Call, config: HyperConfig, means: Means, sizes: KernelConfig | None = None
+    call: Call,
+    config: HyperConfig,
+    means: Means,
+    variance: Tensor,
+    sizes: KernelConfig | None = None,
 ) -> Tensor:
-    """As `impl.common.choose`, with mean keys rounded to the dtype of the call, in any order."""
+    """As `impl.common.choose`, in any order; mean keys are rounded to the dtype of the call.
+
+    variance is that of the index; it and the squares of the query are rounded to bfloat16, unless
+    the call is in float32.
+    """
     query = call.query
     batch, heads, n_q, dim = query.shape
     kv_heads, clusters = means.bias.shape[1:]
@@ -127,11 +149,16 @@ def triton_choose(
     shared = shared_class(query.device)
     sizes = sizes or pick([chunks_config("choose", dim, dim, query.dtype, shared)])
     tiles = triton.cdiv(n_q, sizes.block_m)
+    if config.probe_spread:
+        narrow = torch.float32 if query.dtype is torch.float32 else torch.bfloat16
+        variance = torch.nn.functional.pad(variance.to(narrow), (0, dim - variance.shape[-1]))
+        variance = variance.contiguous()
     _hyper_choose_kernel[grid_of(tiles, batch, heads)](
-        query, means.key, means.bias, chosen, *query.stride()[:3], call.scale, heads, n_q, tiles,
+        query, means.key, variance if config.probe_spread else None, means.bias, chosen,
+        *query.stride()[:3], call.scale, config.probe_spread * abs(call.scale), heads, n_q, tiles,
         clusters, call.query_offset, call.key.shape[2] // config.chunk_size,
         GROUP=heads // kv_heads, DIM=dim, WINDOW=config.window, CHUNK=config.chunk_size,
-        PER_CHUNK=config.clusters_per_chunk, PROBES=probes,
+        SPREAD=config.probe_spread > 0, PER_CHUNK=config.clusters_per_chunk, PROBES=probes,
         SLOTS=max(16, triton.next_power_of_2(probes)), BLOCK_M=sizes.block_m,
         BLOCK_N=sizes.block_n, BLOCK_D=block_dim(dim), UPCAST=upcasts(query.dtype, interpreting()),
         **sizes.options(),

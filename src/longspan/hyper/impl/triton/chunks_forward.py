@@ -8,7 +8,8 @@
 | causal, cross lengths, query_offset, grouped heads | yes |
 | not causal, key_lengths | no |
 | residual | "centroid", "none" |
-| num_globals, probe_spread, variance_term | no |
+| probe_spread | yes |
+| num_globals, variance_term | no |
 
 Mean keys and values are rounded to the dtype of the call before the queries meet them.
 """
@@ -54,7 +55,7 @@ def triton_chunks_forward(
     call = call._replace(query=query, key=key, value=value)
     means = cluster_means(key, value, index)
     if chosen is None:
-        chosen = triton_choose(call, config, means, tiles.get("choose"))
+        chosen = triton_choose(call, config, means, index.variance, tiles.get("choose"))
     else:
         chosen = chosen.clone(memory_format=torch.contiguous_format)  # operators must not alias
     output = query.new_empty((batch, heads, n_q, value.shape[-1]))
