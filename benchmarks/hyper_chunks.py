@@ -3,9 +3,9 @@
     python benchmarks/hyper_chunks.py --out results.jsonl [--tune] [--cases 131072-64,8192-64]
 
 Before anything is timed, the last rows of one head are compared with plain torch in float64, with
-the same index and the same choice. The index (plain torch) is a row of its own and part of the
-totals. The floor adds the operations of all products at the rate of a large matrix product, or
-takes the bytes of inputs, output and partial results at the copy rate, whichever is larger.
+the same index and the same choice. The index is a row of its own and part of the totals. The floor
+adds the operations of all products at the rate of a large matrix product, or takes the bytes of
+inputs, output and partial results at the copy rate, whichever is larger.
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="JSON lines file to append to")
     parser.add_argument("--cases", default=",".join(case.id for case in CASES))
     parser.add_argument("--tune", action="store_true", help="time tile candidates, then stop")
+    parser.add_argument("--kinds", default=",".join(TUNE), help="kernels that --tune tries")
     parser.add_argument("--tune-length", type=int, default=65536)
     options = parser.parse_args()
     if options.tune:
-        tune(options.tune_length)
+        tune(options.tune_length, options.kinds.split(","))
         return
     by_id = {case.id: case for case in CASES}
     ceilings = measure_ceilings()
@@ -268,7 +269,7 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any], out: 
             return triton_chunks_backward(call, CONFIG, index, chosen, up, None, output, lse)
 
         time_one("hyper", "triton", "forward_backward", train)
-        time_one("hyper", "index only (torch)", "forward", make)
+        time_one("hyper", "index only", "forward", make)
         given = functools.partial(triton_chunks_forward, call, CONFIG, index)
         time_one("hyper", "triton, index given", "forward", given)
         means = cluster_means(k, v, index)
@@ -298,10 +299,10 @@ def measure(case: Case, ceilings: dict[str, float], where: dict[str, Any], out: 
 Trial = tuple[int, str, tuple[int, ...]]  # head dim, kernel, fields of KernelConfig
 
 
-def tune(length: int) -> None:
+def tune(length: int, kinds: list[str]) -> None:
     """Check and time the candidates of each kernel; the others run by default."""
     trials: list[Trial] = [
-        (dim, kind, sizes) for kind in TUNE for dim in TUNE[kind] for sizes in TUNE[kind][dim]
+        (dim, kind, sizes) for kind in kinds for dim in TUNE[kind] for sizes in TUNE[kind][dim]
     ]
     with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
         list(pool.map(warm, trials))  # compiles in parallel, into Triton's cache on disk

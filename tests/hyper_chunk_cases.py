@@ -14,6 +14,8 @@ from longspan.hyper.impl.eager import eager_backward, eager_forward
 from longspan.hyper.impl.reference import chunks_reference
 from longspan.hyper.impl.triton.chunks_backward import triton_chunks_backward
 from longspan.hyper.impl.triton.chunks_forward import triton_chunks_forward
+from longspan.hyper.impl.triton.chunks_index import triton_chunk_index
+from longspan.hyper.index.chunks import build_chunk_index, shared_in_pairs
 from longspan.hyper.index.lsh import draw_projections
 from longspan.hyper.plan import ChunkIndex
 from longspan.testing import make_qkv
@@ -168,3 +170,43 @@ def assert_backward_matches(case: ChunkCase, dtype: torch.dtype, device: str = "
         assert got.is_contiguous()
         error = float(torch.dist(got.double(), expected) / expected.norm())
         assert error <= limit, f"{name}: relative error {error:.2e}"
+
+
+def assert_index_is_balanced(key: torch.Tensor, config: HyperConfig, first_chunk: int = 0) -> None:
+    """The kernels' tree: all that an index promises, and nearly the clusters of plain torch."""
+    got = triton_chunk_index(key, config, first_chunk)
+    plain = build_chunk_index(key.cpu(), key.cpu(), config, None, 0, first_chunk)
+    for name, a, b in zip(got._fields, got, plain, strict=True):
+        assert a.shape == b.shape, name
+        assert a.dtype == b.dtype, name
+    for name in ("starts", "counts"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(plain, name)), name
+    assert torch.equal(got.order.sort(-1).values.cpu(), plain.order.sort(-1).values)
+    sinks = got.labels < 0
+    assert torch.equal(sinks.cpu(), plain.labels < 0)
+    # labels, order, starts and counts say the same
+    rank = torch.arange(got.order.shape[-1], device=key.device)
+    of_place = got.labels.gather(2, got.order.long())
+    start = got.starts.gather(2, of_place.clamp(min=0).long())
+    inside = (rank >= start) & (rank < start + got.counts.gather(2, of_place.clamp(min=0).long()))
+    assert bool((inside | (of_place < 0)).all())
+    # statistics of the kernels' own clusters
+    for c in range(0, got.counts.shape[-1], 3):
+        a, n = int(got.starts[0, 0, c]), int(got.counts[0, 0, c])
+        rows = key[0, 0, got.order[0, 0, a : a + n].long()].double()
+        mean = got.mean_key[0, 0, c].double()
+        torch.testing.assert_close(mean, rows.mean(0), rtol=1e-4, atol=1e-5)
+        if config.probe_spread:
+            want = shared_in_pairs(rows.var(0, correction=0)[None])[0]
+            torch.testing.assert_close(got.variance[0, 0, c].double(), want, rtol=1e-3, atol=1e-5)
+    # within a cluster keys are as close as in plain torch
+    assert spread_inside(key, got) <= 1.02 * spread_inside(key.cpu(), plain) + 1e-9
+
+
+def spread_inside(key: torch.Tensor, index: ChunkIndex) -> float:
+    """Mean squared distance of clustered keys from their cluster's mean."""
+    labels = index.labels.long()
+    keys = key[:, :, : labels.shape[-1]].double()
+    at = labels.clamp(min=0).unsqueeze(-1).expand_as(keys)
+    apart = (keys - index.mean_key.double().gather(2, at)).square().sum(-1)
+    return float(apart[labels >= 0].mean())

@@ -10,12 +10,14 @@ from hyper_chunk_cases import (
     SMALL,
     assert_backward_matches,
     assert_forward_matches,
+    assert_index_is_balanced,
     make_case,
 )
 from longspan import HyperConfig, hyper_attention
 from longspan.errors import UnsupportedError
 from longspan.hyper.impl.common import chunk_index
 from longspan.hyper.impl.triton.chunks_forward import triton_chunks_forward
+from longspan.hyper.impl.triton.chunks_index import triton_chunk_index
 from longspan.hyper.impl.triton.chunks_lists import make_lists
 
 
@@ -95,3 +97,19 @@ def test_what_the_kernels_do_not_take_is_refused(settings, change, said):
     with pytest.raises(UnsupportedError, match=said):
         hyper_attention(q, q, q, impl="triton", **arguments)
     hyper_attention(q, q, q, **arguments)
+
+
+@pytest.mark.parametrize("first_chunk", [0, 2])
+def test_tree_of_the_index(first_chunk, nan_scratch):
+    key = torch.randn(1, 2, 150, 20, generator=torch.Generator().manual_seed(3))
+    config = HyperConfig(**{**SMALL, "chunk_size": 64})
+    assert_index_is_balanced(key, config, first_chunk)
+    assert_index_is_balanced(key, HyperConfig(**{**SMALL, "cluster_size": 32}), first_chunk)
+
+
+def test_tree_of_equal_and_of_infinite_keys():
+    key = torch.zeros(1, 1, 64, 16)
+    key[:, :, 40, 3] = float("inf")
+    key[:, :, 41, 3] = float("nan")
+    index = triton_chunk_index(key, HyperConfig(**SMALL))
+    assert torch.equal(index.order.sort(-1).values, torch.arange(64).view(1, 1, -1).int())

@@ -22,7 +22,9 @@ from .chunks_means import Means
 from .configs import shared_class
 from .tiles import LN2, LOG2E, block_dim, gather_rows, grid_of, upcasts
 
-__all__ = ["add_opened"]
+__all__ = ["add_opened", "heads_at_once"]
+
+_SLOTS = 3 * 2**28  # short calls run all heads at once: fewer launches
 
 
 @triton.jit
@@ -148,12 +150,12 @@ def _hyper_join_fwd_kernel(
 
 
 def heads_at_once(call: Call, probes: int, width: int) -> int:
-    """Key/value heads whose slots together take at most half of q, k, v and o, but at least one."""
+    """Key/value heads whose slots together take at most half of q, k, v and o, or _SLOTS bytes."""
     query, key = call.query, call.key
     group, batch = query.shape[1] // key.shape[1], query.shape[0]
     one = query.shape[2] * group * probes * (width * query.element_size() + 8 + 8 + 4 + 2)
     inputs = 2 * (query.nbytes + key.nbytes) // max(batch, 1)
-    return max(1, min(key.shape[1], inputs // 2 // max(one, 1)))
+    return max(1, min(key.shape[1], max(inputs // 2, _SLOTS) // max(one, 1)))
 
 
 def add_opened(
