@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longspan import ConvBasisConfig, conv_basis_attention, conv_basis_recover
+from longspan._triton.launch import KernelConfig
 from longspan.bench.environment import environment
 from longspan.bench.measure import Timing, append_rows, make_row, peak_bytes, time_call
 from longspan.conv_basis.basis import ConvBasis
-from longspan.conv_basis.impl import guard
 from longspan.conv_basis.impl.means import rotate
+from longspan.conv_basis.ops import toeplitz_fwd
 
 CONFIG = ConvBasisConfig(num_bases=16, min_length=0, threshold=0.5, noise=0.005)
 UNCHECKED = dataclasses.replace(CONFIG, on_violation="return")
@@ -98,7 +99,16 @@ class Run:
                        verified=more.pop("verified", True), stage_name=name, **more)  # fmt: skip
         append_rows(self.path, [row])
         clock = "not timed" if timing is None else f"{timing.ms_p50:.2f} ms"
-        keep = ("speedup", "error", "floor_ms", "block", "peak_bytes", "verified")
+        keep = (
+            "speedup",
+            "error",
+            "own_error",
+            "paths",
+            "floor_ms",
+            "block",
+            "peak_bytes",
+            "verified",
+        )
         print(mechanism, impl, name, stage, length, clock,
               {k: row[k] for k in keep if row.get(k) is not None}, flush=True)  # fmt: skip
 
@@ -148,6 +158,14 @@ def floor_ms(run: Run, length: int, stage: str) -> float:
 RATES = {"copy": 0.0}
 
 
+def paths(basis: ConvBasis, value: Tensor) -> list[int]:
+    """Heads by how they were computed: float32, float64, weight by weight, half precision."""
+    with torch.no_grad():
+        path = toeplitz_fwd(basis.log_kernels, basis.starts, basis.key_offset, value, None,
+                            value.shape[2], True, 0, 0, "auto")[2]  # fmt: skip
+    return torch.bincount(path.flatten().long(), minlength=4).tolist()
+
+
 def ours(run: Run, inputs: tuple[Tensor, ...], passes: list[str]) -> ConvBasis:
     """Check against float64, then time the parts and the whole."""
     query, key, value = inputs
@@ -159,11 +177,14 @@ def ours(run: Run, inputs: tuple[Tensor, ...], passes: list[str]) -> ConvBasis:
         # float32 values, so that rounding of the output to bfloat16 does not hide the engine's
         part = basis.apply(value.float()).output
         error = max(relative(part[0, h, rows], expected(basis, value, h, rows)) for h in (0, 1))
+        plain = basis.apply(value).output
         whole = conv_basis_attention(query, key, value, config=CONFIG)
     agreement = relative(whole[0, 0, rows], expected(basis, value, 0, rows))
+    narrow = max(relative(plain[0, h, rows], expected(basis, value, h, rows)) for h in (0, 1))
     found = float(basis.num_bases.float().mean())
     limit = 1e-4 if run.dtype is torch.float32 else 1e-2
     facts = {"error": float(f"{error:.2e}"), "whole_error": float(f"{agreement:.2e}"),
+             "own_error": float(f"{narrow:.2e}"), "paths": paths(basis, value),
              "segments": found, "verified": error <= 1e-4 and agreement <= limit,
              "config": CONFIG}  # fmt: skip
 
@@ -207,45 +228,97 @@ def ours(run: Run, inputs: tuple[Tensor, ...], passes: list[str]) -> ConvBasis:
     return basis
 
 
+TILES: dict[str, list[Any]] = {
+    "BLOCK": [128, 256],  # only shown: the engine picks one by the length
+    "MIX_TILE": [
+        (64, 32, 8, 3),
+        (64, 32, 8, 2),
+        (64, 32, 8, 1),
+        (64, 64, 8, 2),
+        (64, 32, 4, 2),
+        (32, 32, 4, 2),
+        (32, 64, 4, 1),
+        (64, 16, 4, 2),
+    ],
+    "WEIGHT_TILE": [(16, 0, 4, 1), (16, 0, 8, 1), (32, 0, 4, 1), (8, 0, 4, 1)],
+    "ROW_TILE": [
+        (64, 32, 8, 1),
+        (128, 32, 8, 1),
+        (64, 64, 8, 1),
+        (32, 32, 4, 1),
+        (64, 32, 4, 1),
+        (32, 64, 4, 1),
+    ],
+    "VALUE_TILE": [(64, 0, 8, 1), (128, 0, 8, 1)],
+    "KERNEL_TILE": [(128, 64, 8, 1), (128, 32, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1)],
+    "TABLE_TILE": [(0, 256, 4, 1), (0, 128, 4, 1), (0, 512, 4, 1)],
+    "BACK_ROW_TILE": [(64, 32, 8, 1), (32, 32, 4, 1), (128, 32, 8, 1), (64, 64, 8, 1)],
+    "PAIR_TILE": [(64, 64, 8, 1), (32, 32, 4, 1), (16, 64, 4, 1)],
+}  # of the kernels for half precision: rows, columns, warps, stages, registers
+
+
 def tune(run: Run, inputs: tuple[Tensor, ...], basis: ConvBasis) -> None:
-    """Every block size and amount of work memory, each result checked."""
+    """Every tile of the kernels for half precision, one at a time, each result checked.
+
+    The fastest stays for the rest of the run.
+    """
+    from longspan.conv_basis.impl.triton import half
+
     value = inputs[2]
     length = value.shape[2]
     rows = torch.linspace(0, length - 1, 8).long()
     want = expected(basis, value, 1, rows)
-    before = (guard.block_size, dict(guard._WORK_BYTES))
-    for block in (128, 256, 512, 1024, 2048, 4096):
-        if block * 256 < length or block * 4 > length:
+    leaf = value.detach().requires_grad_()
+    log_kernels = basis.log_kernels.detach().requires_grad_()
+    leaves = (log_kernels, leaf)
+    own = dataclasses.replace(basis, log_kernels=log_kernels)
+    upstream = torch.randn_like(value)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return basis.apply(value).output
+
+    def both() -> Any:
+        return torch.autograd.grad(own.apply(leaf).output, leaves, upstream)
+
+    first = both()
+    for name, tiles in TILES.items():
+        if not hasattr(half, name):
             continue
-        for gib in (0.0625, 0.25, 1.0, 4.0, 12.0):
-            guard.block_size = lambda *_, size=block: size
-            guard._WORK_BYTES[run.device.type] = int(gib * 2**30)
+        best, least = getattr(half, name), float("inf")
+        is_back = name.startswith(("BACK", "PAIR", "SUM"))
+        for tile in tiles:
+            setattr(half, name, tile if isinstance(tile, int) else KernelConfig(*tile))
             try:
+                if is_back:
+                    error = max(relative(a, b.double()) for a, b in zip(both(), first, strict=True))
+                else:
+                    error = relative(forward()[0, 1, rows], want)
+                timing = run.time(both if is_back else forward)
+            except Exception as problem:  # a tile that does not fit the device
+                print(name, tile, type(problem).__name__, str(problem)[:100], flush=True)
+                continue
+            if error <= 1e-2 and timing.ms_p50 < least and not isinstance(tile, int):
+                best, least = KernelConfig(*tile), timing.ms_p50
+            stage = "forward_backward" if is_back else "forward"
+            run.add("conv_basis", "triton", "tune", stage, length, timing, tile=f"{name} {tile}",
+                    error=float(f"{error:.2e}"), verified=error <= 1e-2)  # fmt: skip
+            print("   ", name, tile, f"{error:.1e}", flush=True)
+        setattr(half, name, best)
+        print("==", name, best, flush=True)
+    profile(forward, "forward")
+    profile(both, "forward and backward")
 
-                def function() -> Tensor:
-                    with torch.no_grad():
-                        return basis.apply(value).output
 
-                error = relative(function()[0, 1, rows], want)
-                timing = run.time(function)
-                run.add(
-                    "conv_basis",
-                    "auto",
-                    "tune",
-                    "forward",
-                    length,
-                    timing,
-                    block=block,
-                    work_gib=gib,
-                    error=float(f"{error:.2e}"),
-                    verified=error <= 1e-2,
-                )
-                print("   work GiB", gib, flush=True)
-            except torch.OutOfMemoryError:
-                print("out of memory", block, gib, flush=True)
-            finally:
-                guard.block_size = before[0]
-                guard._WORK_BYTES.update(before[1])
+def profile(function: Callable[[], Any], name: str) -> None:
+    """Print the time of each kernel, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    print(f"-- kernels of {name}, ms")
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    for event in events[:25]:
+        print(f"{event.self_device_time_total / 1e3:9.3f} {event.count:4d} {event.key[:90]}")
 
 
 def copy_rate(device: torch.device) -> float:
@@ -265,7 +338,10 @@ def main() -> None:
     parser.add_argument("--dim", type=int, help="default: 64 on the CPU, 128 on a GPU")
     parser.add_argument("--dtype", help="default: float32 on the CPU, bfloat16 on a GPU")
     parser.add_argument("--passes", default="forward,forward_backward")
-    parser.add_argument("--tune", action="store_true", help="time block sizes instead")
+    parser.add_argument(
+        "--tune", action="store_true", help="first try kernel tiles and keep the fastest (CUDA)"
+    )
+    parser.add_argument("--profile", action="store_true", help="print times of kernels (CUDA)")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
     device = torch.device(options.device)
@@ -276,11 +352,22 @@ def main() -> None:
     RATES["copy"] = copy_rate(device)
     print(f"copy: {RATES['copy'] / 1e9:.0f} GB/s", flush=True)
     passes = options.passes.split(",")
+    if options.tune:
+        inputs = draw(32768, run.heads, run.dim, dtype, device)
+        tune(run, inputs, conv_basis_recover(*inputs[:2], config=CONFIG))
+        del inputs
     for length in map(int, lengths.split(",")):
         start = time.perf_counter()
         inputs = draw(length, run.heads, run.dim, dtype, device)
-        if options.tune:
-            tune(run, inputs, conv_basis_recover(*inputs[:2], config=CONFIG))
+        if options.profile:
+            leaves = [t.detach().requires_grad_() for t in inputs]
+
+            def both(leaves: list[Tensor] = leaves) -> Any:
+                out = conv_basis_attention(*leaves, config=CONFIG)
+                return torch.autograd.grad(out, leaves, leaves[2].detach())
+
+            both()
+            profile(both, f"the whole, forward and backward, {length} tokens")
         else:
             exact(run, inputs, passes)
             ours(run, inputs, passes)

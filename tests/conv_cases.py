@@ -41,14 +41,15 @@ def dense_toeplitz(log_kernel, value, groups, key_offset, n_q, is_causal, query_
     """Output and lse of Toeplitz weights by their definition, (B, H, ...) in float64."""
     heads, length = log_kernel.shape[1], log_kernel.shape[-1]
     n_k = value.shape[2]
-    keys = torch.arange(n_k)
-    lag = torch.arange(n_q)[:, None] + query_offset - keys
+    keys = torch.arange(n_k, device=value.device)
+    lag = torch.arange(n_q, device=value.device)[:, None] + query_offset - keys
     index = lag if is_causal else lag + (length - 1) // 2
     exists = (index >= 0) & (index < length)
     begin = groups.clone()
     begin[..., 0] = 0
     segment = (begin.unsqueeze(-1) <= keys).sum(-2) - 1  # (B, H, N_k)
-    scores = torch.full((*log_kernel.shape[:2], n_q, n_k), float("-inf"), dtype=torch.float64)
+    scores = torch.full((*log_kernel.shape[:2], n_q, n_k), float("-inf"), dtype=torch.float64,
+                        device=value.device)  # fmt: skip
     for g in range(groups.shape[-1]):
         one = log_kernel.double()[:, :, g][..., index.clamp(0, length - 1)]
         mine = (segment == g).unsqueeze(-2) & exists

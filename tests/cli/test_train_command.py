@@ -56,6 +56,34 @@ def test_train_then_generate(longspan, texts, tmp_path):
     assert "--prompt" in error
 
 
+def test_train_goes_on_under_another_attention(longspan, texts, tmp_path):
+    """Sizes, tokenizer and weights are those of the first model; gates are new."""
+    from longspan.models import Transformer
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    small = ("--text", texts / "train", "--length", 16, "--batch", 2, "--log-every", 1,
+             "--checkpoint-every", 1, "--device", "cpu")  # fmt: skip
+    sizes = ("--width", 16, "--layers", 1, "--heads", 2, "--vocabulary", 300)
+    code, _, _ = longspan("train", "--attention", "exact", "--out", first, "--steps", 2, *sizes,
+                          *small)  # fmt: skip
+    assert code == 0
+    code, _, _ = longspan(
+        "train", "--start", first / "model", "--attention", "infini:segment_length=4",
+        "--learning-rate", 1e-9, "--out", second, "--steps", 1, *small,
+    )  # fmt: skip
+    assert code == 0
+    before, after = (Transformer.load(home / "model") for home in (first, second))
+    assert after.config.attention.segment_length == 4
+    assert after.config.width == 16
+    assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    for name, tensor in before.state_dict().items():
+        assert (after.state_dict()[name] - tensor).abs().max() < 1e-6
+    assert len(after.blocks[0].attention.longspan_gate) == 2
+    code, _, error = longspan("train", "--start", "longspan-rop", "--out", tmp_path / "x", *small)
+    assert code == 2
+    assert "longspan-rope" in error
+
+
 def test_train_keeps_to_its_texts(longspan, texts, tmp_path):
     command = ("train", "--out", tmp_path, *SIZES, "--positions", "forget", "--attention", "exact")
     assert longspan(*command, "--text", texts / "train")[0] == 0

@@ -328,7 +328,7 @@ def test_opcheck():
     torch.library.opcheck(
         find_violations,
         (q.detach(), k.detach(), lengths, basis.log_kernels, basis.starts, None, None,
-         lse.detach(), 0.3, 0, 0, 8, 0.5, "exact", 0),
+         lse.detach(), 0.3, 0, 0, 8, 0.5, "exact", 0, "eager"),
     )  # fmt: skip
 
 

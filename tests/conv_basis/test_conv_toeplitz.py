@@ -41,7 +41,7 @@ def test_equals_the_definition_with_gradients(shape, is_causal, block):
     leaves = [t.requires_grad_() for t in (kernel, key_offset, value)]
     want, want_lse = dense_toeplitz(kernel, value, starts, key_offset, n_q, is_causal, offset)
     out, lse, _ = toeplitz_fwd(kernel, starts, key_offset, value, None, n_q, is_causal, offset,
-                               block)  # fmt: skip
+                               block, "auto")  # fmt: skip
     torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(lse, want_lse, rtol=1e-10, atol=1e-11)
     upstream, upstream_lse = torch.randn_like(out), torch.randn_like(lse)
@@ -116,7 +116,7 @@ def test_every_path_of_the_range_guard_is_taken():
     wilder = torch.where(lag < 20, -40.0, 20.0)
     kernel = torch.stack((calm, wild, wilder))[None, :, None]
     starts = torch.zeros(1, 3, 1, dtype=torch.int64)
-    out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 0)
+    out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 0, "auto")
     assert path.tolist() == [[guard.SINGLE, guard.DOUBLE, guard.WEIGHT_BY_WEIGHT]]
     want, want_lse = dense_toeplitz(kernel, value, starts, None, n, True, 0)
     assert ((out - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 1e-5
@@ -130,7 +130,7 @@ def test_the_guard_is_needed(monkeypatch):
     value, starts = torch.randn(1, 1, n, 4), torch.zeros(1, 1, 1, dtype=torch.int64)
     want, _ = dense_toeplitz(kernel, value, starts, None, n, True, 0)
     monkeypatch.setattr(guard, "_FINEST", float("inf"))
-    out, _, _ = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 0)
+    out, _, _ = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 0, "auto")
     assert ((out - want).norm(dim=-1) / want.norm(dim=-1)).max() > 1e-4
 
 
@@ -200,7 +200,7 @@ def test_opcheck():
         arguments = (
             kernel.requires_grad_(), starts, key_offset.requires_grad_(),
             value.to(dtype).transpose(2, 3).contiguous().transpose(2, 3).requires_grad_(), None,
-            20, True, 10, 0,
+            20, True, 10, 0, "auto",
         )  # fmt: skip
         torch.library.opcheck(toeplitz_fwd, arguments)
 
@@ -247,7 +247,7 @@ def test_a_few_bad_blocks_are_evaluated_alone():
     kernel = torch.where(lag < 100, -17.0 + 0.17 * lag, 0.0)[None, None, None].requires_grad_()
     value = torch.randn(1, 1, n, 4, requires_grad=True)
     starts = torch.zeros(1, 1, 1, dtype=torch.int64)
-    out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 128)
+    out, lse, path = toeplitz_fwd(kernel, starts, None, value, None, n, True, 0, 128, "auto")
     assert path.tolist() == [[guard.DOUBLE]]
     leaves = [t.detach().double().requires_grad_() for t in (kernel, value)]
     want, want_lse = dense_toeplitz(*leaves, starts, None, n, True, 0)

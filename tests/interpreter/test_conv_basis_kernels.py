@@ -32,7 +32,8 @@ def test_planted_borders(dtype):
     starts = search_starts(q, k, torch.tensor([60]), 0.25, config)
     assert starts[0].tolist() == [[0, 20, 59, 60]] * 2
     out = conv_basis_attention(q, k, v, config=config, impl="triton")
-    assert torch.equal(out, conv_basis_attention(q, k, v, config=config, impl="eager"))
+    eager = conv_basis_attention(q, k, v, config=config, impl="eager")
+    torch.testing.assert_close(out, eager, rtol=0.0, atol=1e-5 if dtype is torch.float32 else 2e-2)
 
 
 def test_empty_and_length_one():

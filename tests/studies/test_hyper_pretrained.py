@@ -178,7 +178,7 @@ def test_report(finished):
 def test_verdict_on_the_paper(curve, outcome):
     rows = [
         {"study": "hyper-pretrained", "kind": "layers", "key": str(n), "setting": "paper, LSH",
-         "layers": n, "loss": 3.0 + rise, "visited": 0.3, "model": "m"}
+         "layers": n, "loss": 3.0 + rise, "visited": 0.3, "model": "m", "tokens": 8192}
         for n, rise in zip((0, 10, 20), curve, strict=True)
     ]  # fmt: skip
     assert build_report(rows).verdicts[0].outcome == outcome
@@ -193,3 +193,54 @@ def test_names():
 def test_unknown_part(loaded, texts, tmp_path):
     with pytest.raises(ConfigError, match="parts"):
         run(loaded, texts, tmp_path, parts=["perplexitty"])
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+def test_captured_keys_are_of_full_layers_before_and_after_rotation(arch):
+    """Rotation keeps the length of each pair, and does nothing at position 0."""
+    from longspan.eval.layers import count_full_layers
+    from longspan.studies.hyper_pretrained.measure import _capture
+    from longspan.testing.models import tiny_model
+
+    model, _ = tiny_model(arch, layers=4)
+    ids = torch.randint(0, 200, (1, 90), generator=torch.Generator().manual_seed(0))
+    calls = _capture(model, ids)
+    assert len(calls) == count_full_layers(model) == (2 if arch == "gemma3" else 4)
+    for query, key, value, plain in calls:
+        assert query.shape[1] == 2 * key.shape[1]
+        assert key.shape == plain.shape == value.shape
+        half = key.shape[-1] // 2
+        lengths = [t[..., :half].square() + t[..., half:].square() for t in (key, plain)]
+        torch.testing.assert_close(*lengths, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(key[:, :, 0], plain[:, :, 0])
+        assert not torch.allclose(key, plain, atol=0.1)
+
+
+def test_a_model_with_sliding_layers(texts, tmp_path):
+    """Gemma 3: its own windows stay, rows are of the other layers."""
+    from longspan.testing.models import tiny_model
+
+    model, tokenizer = tiny_model("gemma3", layers=4)
+    gemma = LoadedModel(model, tokenizer, "tiny", "folder", None, "1" * 64, 4096)
+    outcome = run(gemma, texts, tmp_path, parts=["layers", "mass"], settings=["default"])
+    assert outcome.is_finished
+    assert [r["layers"] for r in outcome.rows if r["kind"] == "layers"] == [0, 2]
+    assert [r["layer"] for r in outcome.rows if r["kind"] == "mass"] == [0, 1]
+
+
+def test_models_are_not_mixed_in_a_report(finished):
+    """Rows of a second model, with other losses, change nothing that is said of the first."""
+    _, rows = finished
+    alone = build_report(rows)
+    other = [
+        {**row, "model": "other", "key": f"{row['key']}-other", "loss": row.get("loss", 0.0) + 1.0}
+        for row in rows
+    ]
+    both = build_report([*rows, *other])
+    headings = [section.heading for section in both.sections]
+    for section in alone.sections[:-1]:
+        assert f"other: {section.heading}" in headings
+        twin = both.sections[headings.index(f"tiny: {section.heading}")]
+        assert twin.table == section.table
+    assert [v.claim for v in both.verdicts[3:]] == [f"{v.claim}: other" for v in alone.verdicts]
+    assert "--model other" in both.command

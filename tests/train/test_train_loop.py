@@ -1,5 +1,6 @@
 """Training learns; killed and started again it gives the same losses, to the bit."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -233,3 +234,12 @@ def test_settings_as_json(tiny):
     assert TrainConfig.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match="cannot be read"):
         TrainConfig.from_json("{}")
+
+
+@pytest.mark.parametrize("changes", [{"mlp_width": 64}, {"layers": 1}, {"layers": 3}])
+def test_a_start_of_other_sizes_is_refused(corpus, tiny, tmp_path, changes):
+    config = tiny()
+    Transformer(dataclasses.replace(config.model, **changes)).save(tmp_path / "other")
+    with pytest.raises(ConfigError, match="do not have the same"):
+        train(config, source(corpus, config), tmp_path / "run", device="cpu",
+              start=tmp_path / "other")  # fmt: skip

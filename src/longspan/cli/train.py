@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_name
 from ._console import console, errors, progress_bar, step
 from ._inputs import check_device, run_folder
 
 if TYPE_CHECKING:
+    from ..models.transformer_config import TransformerConfig
     from ..train.tokens import TokenFile
 
 __all__ = ["train"]
@@ -31,6 +33,7 @@ def train(
     heads: int = 8,
     vocabulary: int = 8192,
     tokenizer: Path | None = None,
+    start: str | None = None,
     learning_rate: float = 2e-3,
     seed: int = 0,
     log_every: int = 10,
@@ -65,6 +68,9 @@ def train(
         Entries of the byte-pair tokenizer that is trained on the texts.
     tokenizer
         Use this tokenizer.json instead.
+    start
+        Begin with the weights of this model (a folder of longspan train, or a name such as
+        longspan-rope) under another attention; its sizes, positions and tokenizer are taken.
     learning_rate
         Its peak.
     seed
@@ -88,16 +94,18 @@ def train(
     config = parse_config(attention)
     if positions is None:
         positions = "none" if attention.startswith("stick_breaking") else "rope"
+    given = None if start is None else _started(start)
+    if given is not None:
+        tokenizer = given.tokenizer
     tokens = _tokens(text, folder, vocabulary, tokenizer)
+    model = TransformerConfig(
+        vocab_size=tokens.vocab_size, width=width, layers=layers, heads=heads,
+        positions=positions, attention=config,
+    )  # fmt: skip
+    if given is not None:
+        model = dataclasses.replace(given.config, attention=config)
     settings = TrainConfig(
-        model=TransformerConfig(
-            vocab_size=tokens.vocab_size,
-            width=width,
-            layers=layers,
-            heads=heads,
-            positions=positions,
-            attention=config,
-        ),
+        model=model,
         steps=steps,
         length=length,
         batch_size=batch,
@@ -128,6 +136,7 @@ def train(
                 settings, source, folder,
                 device="cpu" if where.type == "cpu" else None,
                 listener=listener, time_limit=stop_after,
+                start=None if given is None else given.folder,
             )  # fmt: skip
         except KeyboardInterrupt:
             errors.print(f"Interrupted. To go on: the same command with --out {folder}")
@@ -140,6 +149,29 @@ def train(
     console.print(f"Model: {(folder / 'model').absolute()}", soft_wrap=True)
     console.print(f"Try it: longspan generate --model {folder / 'model'}", soft_wrap=True)
     return 0
+
+
+class _Start(NamedTuple):
+    folder: Path
+    config: TransformerConfig
+    tokenizer: Path
+
+
+def _started(name: str) -> _Start:
+    """The model that a run begins with."""
+    from ..models.shipped import is_longspan_model, shipped_models, tokenizer_of
+    from ..models.transformer_config import TransformerConfig
+
+    shipped = shipped_models()
+    folder = shipped.get(name, Path(name))
+    tokenizer = tokenizer_of(folder)
+    if not is_longspan_model(folder) or tokenizer is None:
+        raise ConfigError(
+            f"--start: {name!r} is no model of longspan train with its tokenizer. "
+            f"{nearest_name(name, shipped)} Or give the model folder of a run."
+        )
+    config = TransformerConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+    return _Start(folder, config, tokenizer)
 
 
 def _tokens(text: Path, folder: Path, vocabulary: int, tokenizer: Path | None) -> TokenFile:

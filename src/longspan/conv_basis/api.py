@@ -260,7 +260,8 @@ def conv_basis_recover(
             f"{name}: query has {query.shape[2]} tokens but key has {key.shape[2]}. They must be "
             "equal: a column of scores is read from the queries after its key."
         )
-    return _basis(call, config, Impl.EAGER)
+    chosen = Impl.EAGER if triton_refusal(query) else Impl.TRITON
+    return _basis(call, config, chosen)
 
 
 def conv_basis_apply(basis: ConvBasis, value: Tensor) -> Tensor:
@@ -357,12 +358,17 @@ def implementations(call: Call, config: ConvBasisConfig) -> tuple[ImplReport, ..
     why = _why_exact(call, config)
     note = f"exact attention: {why}" if why else "torch's FFT and matrix products"
     refusal = triton_refusal(call.query)
-    if refusal is None and config.recover != "binary":
-        refusal = "only recover='binary' has a Triton kernel (the search)"
+    half = call.query.dtype in (torch.float16, torch.bfloat16)
+    if refusal is None and config.recover != "binary" and not half:
+        refusal = "in float32 only recover='binary' has a Triton kernel (the search)"
     if refusal is None and why:
         refusal = f"the call is computed by exact attention ({why})"
     return (
-        ImplReport(Impl.TRITON, refusal, "one program per head searches the borders; torch's FFT"),
+        ImplReport(
+            Impl.TRITON,
+            refusal,
+            "half precision: search, columns and engine on tensor cores; float32: the search",
+        ),
         ImplReport(Impl.EAGER, None, note),
         ImplReport(Impl.REFERENCE, None, note if why else "dense weights"),
     )
@@ -439,13 +445,13 @@ def _run(
             part = conv_basis_reference(call, basis)
         else:
             basis = _basis(call, config, chosen)
-            part = basis.apply(call.value)
-        return _with_fallback(call, basis, part, config, seed)
+            part = basis.apply(call.value, "auto" if chosen is Impl.TRITON else "eager")
+        return _with_fallback(call, basis, part, config, seed, chosen)
 
 
 def _basis(call: Call, config: ConvBasisConfig, chosen: Impl) -> ConvBasis:
     from .impl.means import mean_model
-    from .ops import find_starts
+    from .ops import find_starts, score_columns
 
     batch, n = call.key.shape[0], call.key.shape[2]
     device = call.query.device
@@ -464,6 +470,8 @@ def _basis(call: Call, config: ConvBasisConfig, chosen: Impl) -> ConvBasis:
         kernels, key_offset, row_offset = mean_model(
             call.query, call.key, lengths, call.scale, config.rope_base, typical
         )
+    elif chosen is Impl.TRITON and call.query.dtype in (torch.float16, torch.bfloat16):
+        kernels = score_columns(call.query, call.key, starts, call.scale)
     else:
         kernels = shifted_columns(call.query, call.key, starts, call.scale)
     keeps = near > 0
@@ -476,7 +484,12 @@ def _basis(call: Call, config: ConvBasisConfig, chosen: Impl) -> ConvBasis:
 
 
 def _with_fallback(
-    call: Call, basis: ConvBasis, part: AttentionOutput, config: ConvBasisConfig, seed: int
+    call: Call,
+    basis: ConvBasis,
+    part: AttentionOutput,
+    config: ConvBasisConfig,
+    seed: int,
+    impl: Impl,
 ) -> AttentionOutput:
     from .ops import exact_heads, find_violations
 
@@ -488,10 +501,14 @@ def _with_fallback(
             call.query.detach(), call.key.detach(), basis.lengths, basis.log_kernels.detach(),
             basis.starts, *detached, part.lse.detach(), call.scale, basis.near, basis.num_sinks,
             config.check_rows, config.max_tv, config.on_violation, seed,
+            "auto" if impl is Impl.TRITON else "eager",
         )  # fmt: skip
     else:
         chosen = torch.zeros(call.query.shape[:2], dtype=torch.bool, device=call.query.device)
-    if (checks and config.on_violation == "exact") or config.gradient == "exact":
+    may_be_exact = checks and config.on_violation == "exact"
+    if may_be_exact and config.gradient != "exact" and not torch.compiler.is_compiling():
+        may_be_exact = bool(chosen.any())  # no head: spare the copies
+    if may_be_exact or config.gradient == "exact":
         output, lse = exact_heads(call.query, call.key, call.value, call.key_lengths, *part,
                                   chosen, call.scale, config.gradient == "exact")  # fmt: skip
         return AttentionOutput(output, lse)

@@ -59,9 +59,12 @@ class ConvBasis:
         exists = self.log_kernels > float("-inf")
         return torch.where(exists, finite - before, 0.0)
 
-    def apply(self, value: Tensor) -> AttentionOutput:
-        """Output (B, H, N, D_v) and lse (B, H, N) for `value` (B, H_kv, N, D_v)."""
-        parts = [self.tail(value)]
+    def apply(self, value: Tensor, impl: str = "auto") -> AttentionOutput:
+        """Output (B, H, N, D_v) and lse (B, H, N) for `value` (B, H_kv, N, D_v).
+
+        impl: "eager" keeps to torch; "auto" uses Triton for half precision values where it runs.
+        """
+        parts = [self.tail(value, impl)]
         if self.near and self.query is not None and self.key is not None:
             key, exact_value = self.key, value
             if key.shape[1] != value.shape[1]:  # values of another grouping: one key head each
@@ -76,10 +79,12 @@ class ConvBasis:
                     config=WindowConfig(window=self.near, num_sinks=self.num_sinks),
                 )
             )  # fmt: skip
+        if len(parts) == 1:
+            return parts[0]
         output, lse = merge([AttentionOutput(o.to(lse.dtype), lse) for o, lse in parts])
         return AttentionOutput(output.to(value.dtype), lse)
 
-    def tail(self, value: Tensor) -> AttentionOutput:
+    def tail(self, value: Tensor, impl: str = "auto") -> AttentionOutput:
         """The Toeplitz part alone: keys from num_sinks on, at lags from `near` on."""
         from .ops import toeplitz_fwd
 
@@ -87,7 +92,10 @@ class ConvBasis:
         device = self.log_kernels.device
         lengths = self.lengths[:, None]
         row = torch.arange(n, device=device)
-        hidden = (row - self.near < self.num_sinks) | (lengths <= self.num_sinks)  # (B, N)
+        if self.near or self.num_sinks or self.is_padded:
+            hidden = (row - self.near < self.num_sinks) | (lengths <= self.num_sinks)  # (B, N)
+        else:
+            hidden = torch.zeros((len(lengths), n), dtype=torch.bool, device=device)
         kernels = self.log_kernels
         if self.near:
             kernels = torch.where(row < self.near, float("-inf"), kernels)
@@ -98,7 +106,9 @@ class ConvBasis:
             base = kernels.new_zeros(()) if offset is None else offset
             offset = torch.where(valid[:, None], base, float("-inf"))
             offset = offset.expand(*kernels.shape[:2], n)
-        output, lse, _ = toeplitz_fwd(kernels, self.starts, offset, value, hidden, n, True, 0, 0)
+        output, lse, _ = toeplitz_fwd(
+            kernels, self.starts, offset, value, hidden, n, True, 0, 0, impl
+        )
         if self.row_offset is not None:
             lse = lse + self.row_offset
         return AttentionOutput(output, lse)

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._triton.launch import triton_refusal
 from .config import ConvBasisConfig
+from .impl.engine import make_problem
 
-__all__ = ["exact_heads", "find_starts", "find_violations", "toeplitz_bwd", "toeplitz_fwd"]
+__all__ = [
+    "exact_heads",
+    "find_starts",
+    "find_violations",
+    "score_columns",
+    "toeplitz_bwd",
+    "toeplitz_fwd",
+]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -54,6 +63,46 @@ def _(
     return query.new_empty((*query.shape[:2], groups), dtype=torch.int64)
 
 
+@torch.library.custom_op("longspan::conv_basis_columns", mutates_args=())
+def score_columns(query: Tensor, key: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """(B, H, G, N) float32 log-kernels by Triton, see `impl.recover.shifted_columns`."""
+    from .impl.triton.columns import columns
+
+    return columns(query, key, starts, scale)
+
+
+@score_columns.register_fake
+def _(query: Tensor, key: Tensor, starts: Tensor, scale: float) -> Tensor:
+    return query.new_empty((*starts.shape, query.shape[2]), dtype=torch.float32)
+
+
+@torch.library.custom_op("longspan::conv_basis_columns_bwd", mutates_args=())
+def score_columns_bwd(
+    grad: Tensor, query: Tensor, key: Tensor, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key."""
+    from .impl.triton.columns import column_gradients
+
+    return column_gradients(grad, query, key, starts, scale)
+
+
+@score_columns_bwd.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _columns_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _columns_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *score_columns_bwd(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+score_columns.register_autograd(_columns_backward, setup_context=_columns_context)
+
+
 @torch.library.custom_op("longspan::toeplitz_fwd", mutates_args=())
 def toeplitz_fwd(
     log_kernel: Tensor,
@@ -65,11 +114,12 @@ def toeplitz_fwd(
     is_causal: bool,
     query_offset: int,
     block: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, H, N_q, D_v) and lse (B, H, N_q) of Toeplitz weights; path (B, H) uint8.
 
     log_kernel: (B, H, G, L); starts: (B, H, G) int64; key_offset: (B, H, N_k); value:
-    (B, H_kv, N_k, D_v); hidden: (B, N_q) bool. block: 0 picks one.
+    (B, H_kv, N_k, D_v); hidden: (B, N_q) bool. block: 0 picks one. impl: "eager" keeps to torch.
     """
     from .impl.guard import guarded_forward
 
@@ -80,9 +130,14 @@ def toeplitz_fwd(
         lse = log_kernel.new_full((batch, heads, n_q), float("-inf"), dtype=wide)
         return output, lse, lse.new_zeros((batch, heads), dtype=torch.uint8)
     with torch.autocast(value.device.type, enabled=False):
-        problem = _problem(log_kernel, starts, key_offset, value, hidden, n_q, is_causal,
-                           query_offset)  # fmt: skip
-        output, lse, path = guarded_forward(problem, block or None, value.dtype)
+        if impl != "eager" and _takes_half(log_kernel, value, n_q, is_causal, query_offset, block):
+            from .impl.half_guard import guarded_half_forward
+
+            output, lse, path = guarded_half_forward(log_kernel, starts, key_offset, value, hidden)
+        else:
+            problem = make_problem(log_kernel, starts, key_offset, value, hidden, n_q, is_causal,
+                                   query_offset)  # fmt: skip
+            output, lse, path = guarded_forward(problem, block or None, value.dtype)
     shape = (batch, heads, n_q)
     output = output.reshape(*shape, -1).to(value.dtype).contiguous()
     return output, lse.reshape(shape).contiguous(), path.view(batch, heads)
@@ -117,6 +172,7 @@ def toeplitz_bwd(
     is_causal: bool,
     query_offset: int,
     block: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of log_kernel, key_offset (B, H, N_k) and value."""
     from .impl.guard import guarded_backward
@@ -127,8 +183,13 @@ def toeplitz_bwd(
         offset = log_kernel.new_zeros((batch, heads, n_k))
         return torch.zeros_like(log_kernel), offset, torch.zeros_like(value)
     with torch.autocast(value.device.type, enabled=False):
-        problem = _problem(log_kernel, starts, key_offset, value, hidden, n_q, is_causal,
-                           query_offset)  # fmt: skip
+        if impl != "eager" and _takes_half(log_kernel, value, n_q, is_causal, query_offset, block):
+            from .impl.half_guard import guarded_half_backward
+
+            return guarded_half_backward(grad_output, grad_lse, output, lse, path, log_kernel,
+                                         starts, key_offset, value, hidden)  # fmt: skip
+        problem = make_problem(log_kernel, starts, key_offset, value, hidden, n_q, is_causal,
+                               query_offset)  # fmt: skip
         wide = _wide(log_kernel)
         flat_lse = None if grad_lse is None else grad_lse.to(wide).flatten(0, 1)
         kernel, key, part = guarded_backward(
@@ -155,30 +216,16 @@ def _(
     return log_kernel.new_empty(log_kernel.shape), offset, value.new_empty(value.shape)
 
 
-def _problem(
-    log_kernel: Tensor,
-    starts: Tensor,
-    key_offset: Tensor | None,
-    value: Tensor,
-    hidden: Tensor | None,
-    n_q: int,
-    is_causal: bool,
-    query_offset: int,
-) -> Any:
-    from .impl.engine import Problem
+def _takes_half(
+    log_kernel: Tensor, value: Tensor, n_q: int, is_causal: bool, query_offset: int, block: int
+) -> bool:
+    """Whether the kernels for half precision values take this problem."""
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    if not half or triton_refusal(value) is not None:
+        return False
+    from .impl.triton.half import takes
 
-    heads, wide = log_kernel.shape[1], _wide(log_kernel)
-    repeats = heads // value.shape[1]
-    if repeats > 1:
-        value = value.repeat_interleave(repeats, 1)
-    offset = None if key_offset is None else key_offset.to(wide).flatten(0, 1)
-    rows = None if hidden is None else hidden.repeat_interleave(heads, 0)
-    begin = starts.flatten(0, 1).clone()
-    begin[:, 0] = 0
-    return Problem(
-        log_kernel.to(wide).flatten(0, 1), begin, offset, value.to(wide).flatten(0, 1), n_q,
-        is_causal, query_offset, rows,
-    )  # fmt: skip
+    return takes(log_kernel, value, n_q, is_causal, query_offset, block)
 
 
 def _toeplitz_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -196,7 +243,7 @@ def _toeplitz_backward(
         grad_output = torch.zeros_like(saved[0])
     kernel, key, value = toeplitz_bwd(grad_output, grad_lse, *saved, *ctx.settings)
     key_or_none = None if saved[5] is None else key
-    return kernel, None, key_or_none, value, *(None,) * 5
+    return kernel, None, key_or_none, value, *(None,) * 6
 
 
 toeplitz_fwd.register_autograd(_toeplitz_backward, setup_context=_toeplitz_context)
@@ -219,6 +266,7 @@ def find_violations(
     max_tv: float,
     on_violation: str,
     seed: int,
+    impl: str,
 ) -> Tensor:
     """(B, H) bool: heads whose sampled total variation exceeds max_tv; may warn or raise."""
     from .impl.certificate import act_on_violations, sample_distances
@@ -226,7 +274,7 @@ def find_violations(
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         _, distances, _ = sample_distances(
             query, key, lengths, log_kernel, starts, key_offset, row_offset, lse, scale, near,
-            num_sinks, check_rows, seed, with_residual=False,
+            num_sinks, check_rows, seed, with_residual=False, impl=impl,
         )  # fmt: skip
         return act_on_violations(distances, max_tv, on_violation)
 

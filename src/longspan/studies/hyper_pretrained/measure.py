@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...hf import patch
+from ...hf.layers import attention_layers
 from ...hyper import HyperConfig, hardness
 from ...hyper.index.chunks import build_chunk_index, cluster_means
 from ...mechanisms import mechanism_of_config
@@ -20,14 +21,15 @@ __all__ = ["document_rows", "layer_masses", "patched", "token_losses", "visited_
 
 _LOGITS_AT_ONCE = 512
 
-#: Name -> (settings, whether the index sees keys before rotary embedding).
+#: Name -> (settings, whether the index sees keys before rotary embedding). Choices are by the mean
+#: alone, which is what an index before rotary embedding has.
 INDEXES: dict[str, tuple[HyperConfig, bool]] = {
-    "LSH": (HyperConfig(index="lsh", center_keys=False), False),
-    "LSH, centred": (HyperConfig(index="lsh"), False),
-    "pca": (HyperConfig(index="pca"), False),
-    "k-means": (HyperConfig(index="kmeans"), False),
-    "pca, before RoPE": (HyperConfig(index="pca"), True),
-    "k-means, before RoPE": (HyperConfig(index="kmeans"), True),
+    "LSH": (HyperConfig(index="lsh", center_keys=False, probe_spread=0), False),
+    "LSH, centred": (HyperConfig(index="lsh", probe_spread=0), False),
+    "pca": (HyperConfig(index="pca", probe_spread=0), False),
+    "k-means": (HyperConfig(index="kmeans", probe_spread=0), False),
+    "pca, before RoPE": (HyperConfig(index="pca", probe_spread=0), True),
+    "k-means, before RoPE": (HyperConfig(index="kmeans", probe_spread=0), True),
 }
 
 
@@ -95,19 +97,19 @@ def layer_masses(model: Any, ids: Tensor, layers: Sequence[int]) -> Iterator[dic
     Args:
         model: with torch's own attention.
         ids: (1, N).
-        layers: their numbers.
+        layers: their numbers among the layers with full attention; those that slide by themselves
+            (Gemma 3) are not counted.
 
     Yields:
         Rows {"layer", "name", "captured_mass", "error", "heads"}.
     """
     calls = _capture(model, ids)
     for layer in layers:
-        query, key, value = calls[layer]
+        query, key, value, plain_key = calls[layer]
         for name, (config, is_unrotated) in INDEXES.items():
             index = None
             if is_unrotated:
-                plain = _unrotate(model, key)
-                index = build_chunk_index(plain, value, config, None, 0)
+                index = build_chunk_index(plain_key, value, config, None, 0)
                 index = _with_means_of(index, key, config)
             stats = hardness(
                 query, key, value, is_causal=True, enable_gqa=True, config=config, index=index
@@ -125,32 +127,40 @@ def layer_masses(model: Any, ids: Tensor, layers: Sequence[int]) -> Iterator[dic
             }
 
 
-def _capture(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Rotated query, key and value of each layer's attention call."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+def _capture(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each layer with full attention: query, key, value, and the key before rotation."""
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    plain: list[Tensor] = []
+    handles = []
     original = F.scaled_dot_product_attention
 
     def listen(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Tensor:
-        group = query.shape[1] // model.config.num_key_value_heads
-        step = 1 if key.shape[1] != query.shape[1] else group
-        found.append((query, key[:, ::step], value[:, ::step]))
+        heads = model.config.get_text_config().num_key_value_heads
+        step = key.shape[1] // heads  # where transformers repeats keys for their groups
+        rows = key[:, ::step]
+        found.append((query, rows, value[:, ::step], _like(plain[-1], rows)))
         return original(query, key, value, *rest, **settings)
 
+    layers = attention_layers(model)
+    for layer in layers:
+        last: Any = getattr(layer.module, "k_norm", None) or layer.module.k_proj
+        handles.append(last.register_forward_hook(lambda module, args, out: plain.append(out)))
     F.scaled_dot_product_attention = listen
     try:
         model.model(input_ids=ids, use_cache=False)
     finally:
         F.scaled_dot_product_attention = original
-    return found
+        for handle in handles:
+            handle.remove()
+    return [call for call, layer in zip(found, layers, strict=True) if not layer.is_sliding]
 
 
-def _unrotate(model: Any, key: Tensor) -> Tensor:
-    """Keys as they were before rotary embedding (halves rotated, as in Llama)."""
-    places = torch.arange(key.shape[2], device=key.device)[None]
-    cos, sin = model.model.rotary_emb(key, places)
-    first, second = key.chunk(2, -1)
-    plain: Tensor = key * cos[:, None] - torch.cat((-second, first), -1) * sin[:, None]
-    return plain
+def _like(plain: Tensor, key: Tensor) -> Tensor:
+    """What the key projection (or the norm behind it) gave, as (B, H_kv, N, D)."""
+    if plain.shape == key.shape:
+        return plain
+    batch, heads, length, dim = key.shape
+    return plain.reshape(batch, length, heads, dim).transpose(1, 2)
 
 
 def _with_means_of(index: Any, key: Tensor, config: HyperConfig) -> Any:

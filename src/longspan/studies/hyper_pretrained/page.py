@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -48,26 +49,56 @@ def build_report(rows: Sequence[Row]) -> Report:
             f"rows: {len(rows)} came, none of this study. Allowed: the rows.jsonl of "
             "`longspan study hyper-pretrained`. Pass that file."
         )
-    losses = _Losses(own)
+    models = {name: [r for r in own if r["model"] == name] for name in _names(own)}
+    losses = {name: _Losses(rows) for name, rows in models.items()}
+    many = len(models) > 1
     info = STUDIES["hyper-pretrained"]
     return Report(
         name=info.name,
         question=info.question,
-        headline=_headline(losses),
-        verdicts=_verdicts(losses, own),
-        facts=_facts(own),
+        headline=" ".join(
+            f"{name}: {_headline(losses[name])}" if many else _headline(losses[name])
+            for name in models
+        ),
+        verdicts=[
+            dataclasses.replace(
+                verdict, claim=f"{verdict.claim}: {name}" if many else verdict.claim
+            )
+            for name, rows in models.items()
+            for verdict in _verdicts(losses[name], rows)
+        ],
+        facts=[fact for rows in models.values() for fact in _facts(rows)],
         sections=[
-            *_perplexity_sections(losses),
-            *_layer_sections(own),
-            *_task_sections(own),
-            *_mass_sections(own),
+            *(
+                dataclasses.replace(
+                    section, heading=f"{name}: {section.heading}" if many else section.heading
+                )
+                for name, rows in models.items()
+                for section in (
+                    *_perplexity_sections(losses[name]),
+                    *_layer_sections(rows),
+                    *_task_sections(rows),
+                    *_mass_sections(rows),
+                )
+            ),
             _paper_section(),
         ],
-        differences=_differences(own),
-        command=f"longspan study hyper-pretrained --model {own[0]['model']} "
-        "--heldout books-heldout.tar.xz",
+        differences=_differences(list(models)),
+        command="\n".join(
+            f"longspan study hyper-pretrained --model {name} --tokens {_lengths(rows)} "
+            "--heldout books-heldout.tar.xz"
+            for name, rows in models.items()
+        ),
         environment=_environment(own),
     )
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(str(row["model"]) for row in rows))
+
+
+def _lengths(rows: Sequence[Row]) -> str:
+    return " --tokens ".join(str(n) for n in sorted({row["tokens"] for row in rows}))
 
 
 def _of(rows: Sequence[Row], kind: str) -> list[Row]:
@@ -348,9 +379,9 @@ def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return facts
 
 
-def _differences(rows: Sequence[Row]) -> list[str]:
+def _differences(models: Sequence[str]) -> list[str]:
     return [
-        f"The model is {rows[0]['model']} at its trained length; the paper's is ChatGLM2-6B-32k "
+        f"The model is {' or '.join(models)} at its trained length; the paper's is ChatGLM2-6B-32k "
         "at 32k, where a cheaper method has more to skip and a larger model more to spare.",
         "Held-out books before 1929 in place of LongBench texts; perplexity is e to the mean loss.",
         '"paper" settings follow the paper and its code: recursion over halves, blocks of sorted '
