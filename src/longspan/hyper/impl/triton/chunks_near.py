@@ -58,13 +58,13 @@ def _softmax_step(
     return acc, l_i, m_new
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "tiles", "clusters", "query_offset", "full"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "tiles", "clusters", "query_offset", "full", "window"])
 def _hyper_near_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mean_k_ptr, mean_v_ptr, bias_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
-    scale, heads, n_q, n_k, tiles, clusters, query_offset, full,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    scale, heads, n_q, n_k, tiles, clusters, query_offset, full, window,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHUNK: tl.constexpr, PER_CHUNK: tl.constexpr, SINKS: tl.constexpr, HAS_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -99,9 +99,9 @@ def _hyper_near_fwd_kernel(
 
     p = start_m + offs_m + query_offset
     p_first, p_last = start_m + query_offset, end_m - 1 + query_offset
-    far = far_rows(p, full, WINDOW, CHUNK)
-    far_first = far_rows(p_first, full, WINDOW, CHUNK)
-    far_last = far_rows(p_last, full, WINDOW, CHUNK)
+    far = far_rows(p, full, window, CHUNK)
+    far_first = far_rows(p_first, full, window, CHUNK)
+    far_last = far_rows(p_last, full, window, CHUNK)
     if HAS_COLUMNS:
         seen_by_all = far_first * PER_CHUNK // BLOCK_N * BLOCK_N
         last = far_last * PER_CHUNK
@@ -168,8 +168,8 @@ def near_forward(
         query, key, value, *means, output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
         call.scale, heads, n_q, n_k, tiles, means.bias.shape[2], call.query_offset,
-        n_k // config.chunk_size,
-        GROUP=heads // kv_heads, DIM=dim, VALUE_DIM=value_dim, WINDOW=config.window,
+        n_k // config.chunk_size, config.window,
+        GROUP=heads // kv_heads, DIM=dim, VALUE_DIM=value_dim,
         CHUNK=config.chunk_size, PER_CHUNK=config.clusters_per_chunk, SINKS=config.num_sinks,
         HAS_COLUMNS=config.residual == "centroid", BLOCK_M=sizes.block_m, BLOCK_N=sizes.block_n,
         BLOCK_D=block_dim(dim, value_dim), BLOCK_DV=block_dim(dim, value_dim),

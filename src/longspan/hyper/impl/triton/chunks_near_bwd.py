@@ -48,14 +48,14 @@ def _query_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "tiles", "clusters", "query_offset", "full"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "tiles", "clusters", "query_offset", "full", "window"])
 def _hyper_near_query_bwd_kernel(
     q_ptr, k_ptr, v_ptr, mean_k_ptr, mean_v_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_dqb, stride_dqh, stride_dqn,
-    scale, heads, n_q, n_k, tiles, clusters, query_offset, full,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    scale, heads, n_q, n_k, tiles, clusters, query_offset, full, window,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHUNK: tl.constexpr, PER_CHUNK: tl.constexpr, SINKS: tl.constexpr, HAS_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -93,9 +93,9 @@ def _hyper_near_query_bwd_kernel(
 
     p = start_m + offs_m + query_offset
     p_first, p_last = start_m + query_offset, end_m - 1 + query_offset
-    far = far_rows(p, full, WINDOW, CHUNK)
-    far_first = far_rows(p_first, full, WINDOW, CHUNK)
-    far_last = far_rows(p_last, full, WINDOW, CHUNK)
+    far = far_rows(p, full, window, CHUNK)
+    far_first = far_rows(p_first, full, window, CHUNK)
+    far_last = far_rows(p_last, full, window, CHUNK)
     if HAS_COLUMNS:
         seen_by_all = far_first * PER_CHUNK // BLOCK_N * BLOCK_N
         last = far_last * PER_CHUNK
@@ -137,14 +137,14 @@ def _hyper_near_query_bwd_kernel(
     scatter_rows(dq_ptr, stride_dqn, start_m + offs_m, mask_m, offs_d, dq * scale, DIM)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "tiles", "clusters", "query_offset", "full"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "tiles", "clusters", "query_offset", "full", "window"])
 def _hyper_near_key_bwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    scale, kv_heads, n_q, n_k, tiles, clusters, query_offset, full,
-    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    scale, kv_heads, n_q, n_k, tiles, clusters, query_offset, full, window,
+    GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHUNK: tl.constexpr, PER_CHUNK: tl.constexpr, SINKS: tl.constexpr, IS_COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -171,11 +171,11 @@ def _hyper_near_key_bwd_kernel(
     )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    # Rows that see key j: low[j] <= row < high[j]. Chunk c is far from p = (c + 1) CHUNK + WINDOW - 1.
+    # Rows that see key j: low[j] <= row < high[j]. Chunk c is far from p = (c + 1) CHUNK + window - 1.
     last = tl.minimum(start_n + BLOCK_N, n_k) - 1
     if IS_COLUMN:
         bias = tl.load(bias_ptr + kv * clusters + j, mask=j < n_k, other=0.0)
-        turn = WINDOW - 1 - query_offset
+        turn = window - 1 - query_offset
         low = (j // PER_CHUNK + 1) * CHUNK + turn
         high = j * 0 + n_q
         begin = (start_n // PER_CHUNK + 1) * CHUNK + turn
@@ -183,7 +183,7 @@ def _hyper_near_key_bwd_kernel(
         even = (last // PER_CHUNK + 1) * CHUNK + turn  # from here on all rows see all columns
     else:
         bias = tl.zeros([BLOCK_N], tl.float32)
-        turn = WINDOW - 1 - query_offset
+        turn = window - 1 - query_offset
         low = j - query_offset
         always = (j // CHUNK >= full) | (j < SINKS)
         high = tl.where(always, n_q, tl.minimum((j // CHUNK + 1) * CHUNK + turn, n_q))
@@ -242,7 +242,7 @@ def near_query_backward(
         query, key, value, *means, grad_output, lse, delta, dq,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_output.stride()[:3],
         *dq.stride()[:3], call.scale, heads, n_q, n_k, tiles, means.bias.shape[2],
-        call.query_offset, n_k // config.chunk_size, GROUP=heads // kv_heads,
+        call.query_offset, n_k // config.chunk_size, config.window, GROUP=heads // kv_heads,
         HAS_COLUMNS=config.residual == "centroid", **_settings(call, config, sizes),
     )  # fmt: skip
 
@@ -283,7 +283,7 @@ def _key_backward(
         *call.query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *grad_output.stride()[:3], *grads[0].stride()[:3], *grads[1].stride()[:3],
         call.scale, kv_heads, n_q, n_k, tiles, means.bias.shape[2], call.query_offset,
-        call.key.shape[2] // config.chunk_size, GROUP=heads // kv_heads,
+        call.key.shape[2] // config.chunk_size, config.window, GROUP=heads // kv_heads,
         IS_COLUMN=kind == "column", **_settings(call, config, sizes),
     )  # fmt: skip
 
@@ -292,7 +292,7 @@ def _settings(call: Call, config: HyperConfig, sizes: KernelConfig) -> dict[str,
     dim, value_dim = call.query.shape[-1], call.value.shape[-1]
     width = block_dim(dim, value_dim)
     return {
-        "DIM": dim, "VALUE_DIM": value_dim, "WINDOW": config.window, "CHUNK": config.chunk_size,
+        "DIM": dim, "VALUE_DIM": value_dim, "CHUNK": config.chunk_size,
         "PER_CHUNK": config.clusters_per_chunk, "SINKS": config.num_sinks,
         "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n, "BLOCK_D": width, "BLOCK_DV": width,
         "UPCAST": upcasts(call.query.dtype, interpreting()), **sizes.options(),
