@@ -156,8 +156,8 @@ def triton_chunk_index(key: Tensor, config: HyperConfig, first_chunk: int = 0) -
 
 
 def tree_warps(elements: int) -> int:
-    """At most 64 elements of the tile of keys to a thread, where that is possible."""
-    return min(16, max(4, elements // (64 * 32)))
+    """At most 32 elements of the tile of keys to a thread, where that is possible."""
+    return min(16, max(4, elements // (32 * 32)))
 
 
 def _described(

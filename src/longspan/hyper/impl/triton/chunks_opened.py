@@ -202,5 +202,5 @@ def add_opened(
             rows = picks.numel() // probes
             _hyper_join_fwd_kernel[grid_of(triton.cdiv(rows, JOIN_ROWS))](
                 o, lse[b, ours], picks, slots, top, mass, *o.stride()[:2], rows, n_q,
-                VALUE_DIM=value_dim, PROBES=probes, BLOCK_M=JOIN_ROWS, BLOCK_DV=width, num_warps=4,
+                VALUE_DIM=value_dim, PROBES=probes, BLOCK_M=JOIN_ROWS, BLOCK_DV=width, num_warps=8,
             )  # fmt: skip

@@ -216,5 +216,5 @@ def opened_backward(
                 rows = picks.numel() // probes
                 _hyper_join_bwd_kernel[grid_of(triton.cdiv(rows, JOIN_ROWS))](
                     dq_ours, picks, slots, *dq_ours.stride()[:2], rows, n_q,
-                    DIM=dim, PROBES=probes, BLOCK_M=JOIN_ROWS, BLOCK_D=width, num_warps=4,
+                    DIM=dim, PROBES=probes, BLOCK_M=JOIN_ROWS, BLOCK_D=width, num_warps=8,
                 )  # fmt: skip
