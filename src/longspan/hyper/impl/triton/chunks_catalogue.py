@@ -70,8 +70,8 @@ def _case(
     kind: str, kernel: Any, sizes: KernelConfig, dtype: torch.dtype, dim: int, **blocks: Any
 ) -> AotCase:  # fmt: skip
     known: dict[str, Any] = {
-        "GROUP": 1, "DIM": dim, "VALUE_DIM": dim, "VAR_DIM": dim // 2, "BLOCK_D": dim,
-        "BLOCK_DV": dim, "BLOCK_V": dim // 2, "PAIRED": True, "CHUNK": 512, "PER_CHUNK": 32,
+        "GROUP": 1, "DIM": dim, "VALUE_DIM": dim, "SPREAD": True, "BLOCK_D": dim,
+        "BLOCK_DV": dim, "CHUNK": 512, "PER_CHUNK": 32,
         "PROBES": 16, "SLOTS": 16, "SINKS": 4, "HAS_COLUMNS": True, "HAS_VARIANCE": True,
         "UPCAST": False, **blocks,
     }  # fmt: skip

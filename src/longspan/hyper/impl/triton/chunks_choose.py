@@ -38,18 +38,17 @@ def far_rows(p, full, window, CHUNK: tl.constexpr):
 
 @triton.jit
 def _choose_step(
-    top, names, q, square, mean_ptr, var_ptr, bias_ptr, start, end, limit, offs_n, offs_d, offs_v,
-    offs_p, scale, spread,
-    DIM: tl.constexpr, VAR_DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
+    top, names, q, square, mean_ptr, var_ptr, bias_ptr, start, end, limit, offs_n, offs_d, offs_p,
+    scale, spread,
+    SPREAD: tl.constexpr, DIM: tl.constexpr, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Let the clusters start .. start + BLOCK_N compete; where MASKED, those before `limit`."""
     mean = load_rows(mean_ptr, DIM, start, end, offs_n, offs_d, DIM, BLOCK_D, MASKED, UPCAST)
     bias = tl.load(bias_ptr + start + offs_n, mask=start + offs_n < end, other=0.0)
     s = tl.dot(q, tl.trans(mean), input_precision="ieee") * scale + bias[None, :]
-    if VAR_DIM > 0:
-        var = load_rows(var_ptr, VAR_DIM, start, end, offs_n, offs_v, VAR_DIM, BLOCK_V, MASKED,
-                        UPCAST)  # fmt: skip
+    if SPREAD:
+        var = load_rows(var_ptr, DIM, start, end, offs_n, offs_d, DIM, BLOCK_D, MASKED, UPCAST)
         s += tl.sqrt(tl.dot(square, tl.trans(var), input_precision="ieee")) * spread
     if MASKED:
         s = tl.where((start + offs_n)[None, :] < limit[:, None], s, _NONE)
@@ -79,9 +78,8 @@ def _hyper_choose_kernel(
     q_ptr, mean_k_ptr, var_ptr, bias_ptr, chosen_ptr, stride_qb, stride_qh, stride_qn,
     scale, spread, heads, n_q, tiles, clusters, query_offset, full, window,
     GROUP: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
-    VAR_DIM: tl.constexpr, PER_CHUNK: tl.constexpr, PROBES: tl.constexpr, SLOTS: tl.constexpr,
-    PAIRED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, UPCAST: tl.constexpr,
+    SPREAD: tl.constexpr, PER_CHUNK: tl.constexpr, PROBES: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """chosen (B, H, N_q, PROBES), contiguous, of BLOCK_M queries; SLOTS: power of two."""
     entry = tiles - 1 - tl.program_id(0) % tiles  # longest first
@@ -90,8 +88,8 @@ def _hyper_choose_kernel(
     kv = b * (heads // GROUP) + h // GROUP
     q_ptr += b * stride_qb + h * stride_qh
     mean_k_ptr += kv * clusters * DIM
-    if VAR_DIM > 0:
-        var_ptr += kv * clusters * VAR_DIM
+    if SPREAD:
+        var_ptr += kv * clusters * DIM
     bias_ptr += kv * clusters
     start_m = entry * BLOCK_M
     end_m = tl.minimum(start_m + BLOCK_M, n_q)
@@ -101,18 +99,10 @@ def _hyper_choose_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_p = tl.arange(0, SLOTS)
     q = load_rows(q_ptr, stride_qn, start_m, end_m, offs_m, offs_d, DIM, BLOCK_D, True, UPCAST)
-    offs_v = tl.arange(0, BLOCK_V)
     square = q
-    if VAR_DIM > 0:
-        # [BLOCK_M, BLOCK_V]: squares of the query; PAIRED: of dimensions d and d + DIM / 2 together
-        half = load_rows(q_ptr, stride_qn, start_m, end_m, offs_m, offs_v, VAR_DIM, BLOCK_V, True,
-                         True)  # fmt: skip
-        wide = half * half
-        if PAIRED:
-            half = load_rows(q_ptr + VAR_DIM, stride_qn, start_m, end_m, offs_m, offs_v, VAR_DIM,
-                             BLOCK_V, True, True)  # fmt: skip
-            wide += half * half
-        square = wide.to(var_ptr.dtype.element_ty)
+    if SPREAD:
+        wide = q.to(tl.float32)
+        square = (wide * wide).to(var_ptr.dtype.element_ty)
         if UPCAST:
             square = square.to(tl.float32)
     limit = far_rows(start_m + offs_m + query_offset, full, window, CHUNK) * PER_CHUNK
@@ -127,13 +117,11 @@ def _hyper_choose_kernel(
     for start in range(whole, last, BLOCK_N):
         top, names = _choose_step(
             top, names, q, square, mean_k_ptr, var_ptr, bias_ptr, start, last, limit, offs_n,
-            offs_d, offs_v, offs_p, scale * LOG2E, spread * LOG2E, DIM, VAR_DIM, SLOTS, BLOCK_N,
-            BLOCK_D, BLOCK_V, True, UPCAST)  # fmt: skip
+            offs_d, offs_p, scale * LOG2E, spread * LOG2E, SPREAD, DIM, SLOTS, BLOCK_N, BLOCK_D, True, UPCAST)  # fmt: skip
     for back in range(BLOCK_N, whole + 1, BLOCK_N):
         top, names = _choose_step(
             top, names, q, square, mean_k_ptr, var_ptr, bias_ptr, whole - back, last, limit, offs_n,
-            offs_d, offs_v, offs_p, scale * LOG2E, spread * LOG2E, DIM, VAR_DIM, SLOTS, BLOCK_N,
-            BLOCK_D, BLOCK_V, False, UPCAST)  # fmt: skip
+            offs_d, offs_p, scale * LOG2E, spread * LOG2E, SPREAD, DIM, SLOTS, BLOCK_N, BLOCK_D, False, UPCAST)  # fmt: skip
     rows = bh * n_q + start_m + offs_m
     mask = (start_m + offs_m < end_m)[:, None] & (offs_p < PROBES)[None, :]
     tl.store(chosen_ptr + rows[:, None] * PROBES + offs_p[None, :], names, mask=mask)
@@ -161,20 +149,16 @@ def triton_choose(
     shared = shared_class(query.device)
     sizes = sizes or pick([chunks_config("choose", dim, dim, query.dtype, shared)])
     tiles = triton.cdiv(n_q, sizes.block_m)
-    var_dim, true_dim = 0, variance.shape[-1]
-    is_paired = true_dim == dim and dim % 32 == 0  # d and d + D / 2 share their variance
     if config.probe_spread:
-        var_dim = dim // 2 if is_paired else dim
         narrow = torch.float32 if query.dtype is torch.float32 else torch.bfloat16
-        kept = variance[..., :var_dim].to(narrow)
-        variance = torch.nn.functional.pad(kept, (0, var_dim - kept.shape[-1])).contiguous()
+        variance = torch.nn.functional.pad(variance.to(narrow), (0, dim - variance.shape[-1]))
+        variance = variance.contiguous()
     _hyper_choose_kernel[grid_of(tiles, batch, heads)](
-        query, means.key, variance if var_dim else None, means.bias, chosen,
+        query, means.key, variance if config.probe_spread else None, means.bias, chosen,
         *query.stride()[:3], call.scale, config.probe_spread * abs(call.scale), heads, n_q, tiles,
         clusters, call.query_offset, call.key.shape[2] // config.chunk_size, config.window,
         GROUP=heads // kv_heads, DIM=dim, CHUNK=config.chunk_size,
-        VAR_DIM=var_dim, PAIRED=is_paired, BLOCK_V=max(16, triton.next_power_of_2(var_dim or 1)),
-        PER_CHUNK=config.clusters_per_chunk, PROBES=probes,
+        SPREAD=config.probe_spread > 0, PER_CHUNK=config.clusters_per_chunk, PROBES=probes,
         SLOTS=max(16, triton.next_power_of_2(probes)), BLOCK_M=sizes.block_m,
         BLOCK_N=sizes.block_n, BLOCK_D=block_dim(dim), UPCAST=upcasts(query.dtype, interpreting()),
         **sizes.options(),

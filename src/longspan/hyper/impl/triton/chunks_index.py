@@ -6,6 +6,8 @@ power iteration. Projections that agree to 2**-14 (relative) count as equal.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -165,7 +167,7 @@ def _described(
     chunks: int, per_chunk: int, leaf: int, width: int,
 ) -> ChunkIndex:  # fmt: skip
     device, size = order.device, config.chunk_size
-    whole = {"dtype": torch.int32, "device": device}
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": device}
     clusters = chunks * per_chunk
     starts = torch.arange(clusters, **whole) * leaf
     counts = torch.full((clusters,), leaf, **whole)
