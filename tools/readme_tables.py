@@ -50,7 +50,7 @@ def shown_as(row: dict) -> str | None:
     if row["mechanism"] == "stick_breaking":
         full = row.get("regime") == "alive" and not row.get("early_stop")
         return "stick_breaking" if full and row["kv_heads"] == row["heads"] else None
-    if row["mechanism"] == "hyper" and row["impl"] == "triton":
+    if row["mechanism"] == "hyper" and row.get("impl") == "triton":
         return "hyper" if "'recursion'" in str(row["config"]) else None
     if row["mechanism"] == "window" and row["impl"] == "triton":
         return "window" if "1024" in str(row["config"]) else None

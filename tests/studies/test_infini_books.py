@@ -96,7 +96,7 @@ def test_verdicts_follow_the_losses(infini, outcome):
              "curve": [[10, 3.0]], "sizes": dataclasses.asdict(FULL), "gates": [[0.1, 0.97]],
              "gates_before": [[0.2, 0.8]], "compiled": "no"}]  # fmt: skip
     found = {("infini", 32768): infini, ("window", 32768): 3.0, ("cache", 32768): 2.9,
-             ("infini", 2048): 3.1}  # fmt: skip
+             ("infini", 2048): 3.1, ("full", 32768): 2.7}  # fmt: skip
     rows += [
         {"key": f"{name}{length}", "study": "infini-books", "kind": "loss", "model": name,
          "length": length, "loss": loss, "window_losses": [loss + 0.2, loss - 0.2 + 1e-4],
@@ -106,6 +106,11 @@ def test_verdicts_follow_the_losses(infini, outcome):
     verdicts = build_report(rows).verdicts
     assert verdicts[0].outcome == outcome
     assert verdicts[1].outcome == ("reproduced" if infini < 3.1 else "not reproduced")
+    untrained = [{**row, "loss": 3.05, "window_losses": [3.25, 2.85 + 1e-4]}
+                 if row.get("model") == "full" else row for row in rows]  # fmt: skip
+    verdict = build_report(untrained).verdicts[0]
+    assert verdict.outcome == "not measured"
+    assert "too little" in verdict.numbers
 
 
 def test_unknown_model(prepared, tmp_path):

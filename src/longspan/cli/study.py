@@ -28,6 +28,7 @@ def study(
     tokens: tuple[int, ...] = (4096, 8192),
     prompts: int = 50,
     only: str | None = None,
+    steps: int | None = None,
 ) -> int:
     """Train, evaluate and report. The same command again goes on where it stopped.
 
@@ -63,6 +64,8 @@ def study(
         Phases, with commas, e.g. small:rope,recall; all others are left out. For
         hyper-pretrained: of perplexity, tasks, layers and mass. For infini-passkey: e.g.
         linear:0,local:0. For infini-books: of infini, window, cache, infini-delta and full.
+    steps
+        infini-books: optimizer steps of each training. Default: 3,000, or 60 with --small.
     model
         hyper-pretrained: a name of `longspan models`, a folder, or owner/name.
     tokens
@@ -135,6 +138,7 @@ def study(
             open_data(data),
             folder,
             sizes=books.SMALL if small else books.FULL,
+            steps=steps,
             device=check_device(device),
             stop_after=stop_after,
             only=only.split(",") if only else None,

@@ -41,6 +41,8 @@ def build_report(rows: Sequence[Row]) -> Report:
     sizes, info = one["sizes"], STUDIES["infini-books"]
     verdicts = _verdicts(losses, sizes)
     small = "" if sizes["length"] == FULL.length else " --small"
+    if not small and sizes["steps"] != FULL.steps:
+        small = f" --steps {sizes['steps']}"
     return Report(
         name=info.name,
         question=info.question,
@@ -93,11 +95,18 @@ def _verdicts(losses: Mapping[tuple[str, int], Row], sizes: Row) -> list[Verdict
     else:
         better = [pair is not None and pair[0] < -_Z * pair[1] for pair in pairs]
         outcome = "reproduced" if all(better) else "partly" if any(better) else "not reproduced"
-        first = Verdict(
-            claim=claim, outcome=outcome,
-            numbers=f"loss less that of the window {_pair_text(pairs[0])} nats, of two segments "
-            f"{_pair_text(pairs[1])}",
-        )  # fmt: skip
+        numbers = (
+            f"loss less that of the window {_pair_text(pairs[0])} nats, of two segments "
+            f"{_pair_text(pairs[1])}"
+        )
+        most = _difference(losses.get(("full", length)), losses.get(("window", length)))
+        if most is None or most[0] > -_Z * most[1]:  # the control sees all that windows see
+            outcome = "not measured"
+            numbers += (
+                f"; but full attention less the window is {_pair_text(most)}: trained too little "
+                "for context to decide"
+            )
+        first = Verdict(claim=claim, outcome=outcome, numbers=numbers)
     apart = _difference(losses.get(("infini", length)), losses.get(("infini", segment)))
     if apart is None:
         return [first, Verdict(claim=memory, outcome="not measured", numbers="no rows")]
