@@ -79,9 +79,47 @@ def test_train_goes_on_under_another_attention(longspan, texts, tmp_path):
     for name, tensor in before.state_dict().items():
         assert (after.state_dict()[name] - tensor).abs().max() < 1e-6
     assert len(after.blocks[0].attention.longspan_gate) == 2
+    check_shipping(second, texts, tmp_path)
     code, _, error = longspan("train", "--start", "longspan-rop", "--out", tmp_path / "x", *small)
     assert code == 2
     assert "longspan-rope" in error
+
+
+def check_shipping(run, texts, tmp_path):
+    """The card's numbers are those of the model that is kept."""
+    import importlib.util
+    import math
+    from pathlib import Path
+
+    import torch
+
+    from longspan.eval.data import iter_texts
+    from longspan.eval.extrapolation import book_windows, window_losses
+    from longspan.models import Transformer
+    from longspan.train import load_tokenizer, write_tokens
+
+    path = Path(__file__).resolve().parents[2] / "tools" / "ship_run.py"
+    spec = importlib.util.spec_from_file_location("ship_run", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    home = tmp_path / "shipped"
+    home.mkdir()
+    kept = load_tokenizer(run / "tokenizer.json")
+    (home / "tokenizer.json").write_bytes((run / "tokenizer.json").read_bytes())
+    heldout = write_tokens(iter_texts(texts / "heldout"), kept, tmp_path / "heldout.npy")
+    settings = {"start": "longspan-rope", "windows": 1, "lengths": (8, 32), "shipped": home}
+    folder = tool.ship(run, "infini", heldout, **settings)
+    assert sorted(path.name for path in home.iterdir()) == ["infini", "tokenizer.json"]
+    model = Transformer.load(folder)
+    assert model.embedding.weight.dtype is torch.bfloat16
+    windows, _ = book_windows(heldout, length=32, per_book=1)
+    loss = window_losses(model.float(), windows, length=32).double().mean().item()
+    text = (folder / "README.md").read_text()
+    assert f"| 32 | {loss:.4f} | {math.exp(loss):.2f} |" in text
+    assert "--start longspan-rope --attention infini:segment_length=4 --length 16" in text
+    (home / "tokenizer.json").write_text("{}")
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        tool.ship(run, "infini", heldout, **settings)
 
 
 def test_train_keeps_to_its_texts(longspan, texts, tmp_path):
