@@ -1,6 +1,7 @@
 """Infini-attention against torch's attention on the segments alone: checks first, then times.
 
-    python benchmarks/infini.py --out rows.jsonl [--parts train,pieces,scaling,stream,loop] [--tune]
+    python benchmarks/infini.py --out rows.jsonl [--parts train,pieces,overlap,packed,loop] [--tune]
+    python benchmarks/infini.py --out rows.jsonl --parts cpu
 
 The bar is what torch's fastest backend takes for the segments as independent sequences: the same
 local attention without a memory. The floor adds to it the bytes that a memory must move if nothing
@@ -10,6 +11,8 @@ is fused with the local kernel: keys and values once, queries and local outputs 
 from __future__ import annotations
 
 import argparse
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longspan import InfiniConfig, infini_attention, infini_attention_chunk
+from longspan import (
+    InfiniConfig,
+    infini_attention,
+    infini_attention_chunk,
+    infini_attention_varlen,
+)
 from longspan._triton.launch import KernelConfig
 from longspan.bench.environment import environment
 from longspan.bench.measure import Timing, append_rows, make_row, peak_bytes, time_call
@@ -49,7 +57,7 @@ def draw(length: int, heads: int = HEADS, kv_heads: int | None = None) -> tuple[
 
 def error(actual: Tensor, oracle: Tensor) -> float:
     """Relative Frobenius error."""
-    return float((actual.double() - oracle).norm() / oracle.norm())
+    return float((actual.detach().double() - oracle.detach()).norm() / oracle.norm())
 
 
 class Run:
@@ -296,6 +304,133 @@ def loop(run: Run, length: int = 8192) -> None:
                 ratio_loop=round(slow.ms_p50 / quick.ms_p50, 2))  # fmt: skip
 
 
+def overlap(run: Run, length: int) -> None:
+    """Memory work on a second stream beside cuDNN's kernel: what a fork and join would save."""
+    query, key, value, gate = draw(length)
+    count = length // SEGMENT
+    parts = [segments_of(t).requires_grad_() for t in (query, key, value)]
+    grad = torch.randn_like(query)
+    written = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    layout = Layout(SEGMENT, 0, 0, length, True)
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+
+    def states() -> tuple[Tensor, Tensor]:
+        memory, total = segment_sums(key, value, None, SEGMENT, count)
+        memory[:, :, 0], total[:, :, 0] = 0, 0
+        return scan_states(memory), scan_states(total)
+
+    def local() -> Tensor:
+        return F.scaled_dot_product_attention(*parts, is_causal=True)
+
+    def both(first: Callable[[], Any], second: Callable[[], Any], apart: bool) -> tuple[Any, Any]:
+        if not apart:
+            return first(), second()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            one = first()
+        two = second()
+        main.wait_stream(side)
+        for tensor in one:
+            tensor.record_stream(main)
+        return one, two
+
+    def forward(apart: bool) -> Tensor:
+        with torch.no_grad():
+            (memory, total), near = both(states, local, apart)
+            near = near.transpose(0, 1).reshape(query.shape)
+            return mix(query, near, memory, total, gate, written, None, layout)
+
+    memory, total = states()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = local()
+
+        def local_backward() -> Any:
+            return torch.autograd.grad(out, parts, segments_of(grad), retain_graph=True)
+
+        def states_backward() -> Any:
+            return segment_sums_backward(memory, total, key, value, None, SEGMENT, count)
+
+        def backward(apart: bool) -> tuple[Any, Any]:
+            return both(states_backward, local_backward, apart)
+
+        same_forward = error(forward(True), forward(False).double())
+        pairs = zip(*(sum(backward(x), ()) for x in (True, False)), strict=True)
+        same_backward = max(error(a, b.double()) for a, b in pairs)
+        for name, function, same in (("forward", forward, same_forward),
+                                     ("backward", backward, same_backward)):  # fmt: skip
+            for apart in (False, True):
+                timing = time_call(
+                    lambda function=function, apart=apart: function(apart), device=DEVICE
+                )
+                run.add(f"{name}, {'two streams' if apart else 'one stream'}", "piece", length,
+                        timing, verified=same <= LIMIT, errors={"to_one_stream": same})  # fmt: skip
+
+
+def packed(run: Run, length: int) -> None:
+    """Documents of one packed call, beside one sequence of as many tokens: the cost of packing."""
+    query, key, value, gate = (t.requires_grad_() for t in draw(length))
+    config = InfiniConfig(segment_length=SEGMENT)
+    leaves, grad = [query, key, value, gate], torch.randn_like(query)
+
+    def one() -> Any:
+        out = infini_attention(query, key, value, gate=gate, config=config).output
+        return torch.autograd.grad(out, leaves, grad)
+
+    def documents(cu: Tensor, longest: int) -> Any:
+        flat = [t[0].transpose(0, 1) for t in (query, key, value)]
+        out = infini_attention_varlen(*flat, cu, cu, longest, longest, gate=gate, config=config)
+        return torch.autograd.grad(out, leaves, grad[0].transpose(0, 1))
+
+    timing = time_call(one, device=DEVICE)
+    run.add("triton", "forward_backward", length, timing, config=config)
+    for count in (1, 4, 16, 64):
+        marks = torch.linspace(0, length, count + 1).round().to(torch.int32)
+        if count > 1:
+            marks[1:-1] += 100  # bounds that are no multiples of a segment
+        cu, longest = marks.to(DEVICE), int(marks.diff().max())
+        first = int(marks[1])
+        alone = infini_attention(*(t[:, :, :first] for t in (query, key, value)), gate=gate,
+                                 config=config).output  # fmt: skip
+        flat = [t[0].transpose(0, 1) for t in (query, key, value)]
+        got = infini_attention_varlen(*flat, cu, cu, longest, longest, gate=gate, config=config)
+        same = error(got[:first].transpose(0, 1)[None], alone.double())
+        took = time_call(
+            lambda cu=cu, longest=longest: documents(cu, longest), device=DEVICE, measure_ms=50.0
+        )
+        run.add(f"triton, {count} documents", "forward_backward", length, took, config=config,
+                speed=round(timing.ms_p50 / took.ms_p50, 3), verified=same <= LIMIT,
+                errors={"to_alone": same})  # fmt: skip
+
+
+def cpu(path: str) -> None:
+    """Plain torch on one thread of a CPU: processor time per token over the length."""
+    torch.set_num_threads(1)
+    where, config = environment("cpu"), InfiniConfig(segment_length=1024)
+    generator = torch.Generator().manual_seed(0)
+    for length in (4096, 16384, 65536):
+        query, key, value = (torch.randn(1, 4, length, 64, generator=generator) for _ in range(3))
+        with torch.no_grad():
+            short = [t[:, :, :2500] for t in (query, key, value)]
+            want = infini_attention(*(t.double() for t in short), config=config, impl="reference")
+            apart = error(infini_attention(*short, config=config, impl="eager").output, want.output)
+            spent = []
+            for _ in range(5):
+                before = time.process_time()
+                infini_attention(query, key, value, config=config, impl="eager")
+                spent.append((time.process_time() - before) * 1e3)
+        spent.sort()
+        shape = {"batch": 1, "heads": 4, "kv_heads": 4, "length": length, "head_dim": 64,
+                 "dtype": "float32", "is_causal": True}  # fmt: skip
+        row = make_row(
+            mechanism="infini", impl="eager", config=config, shape=shape, stage="forward",
+            timing=Timing(spent[1], spent[2], spent[3], "process_time"), environment=where,
+            verified=apart <= 1e-5, errors={"o": apart}, threads=1, load=os.getloadavg()[0],
+            us_per_token=round(spent[2] * 1e3 / length, 3),
+        )  # fmt: skip
+        append_rows(path, [row])
+        print("cpu eager", length, row["us_per_token"], "us a token", apart, flush=True)
+
+
 def tune(run: Run, length: int) -> None:
     """Other tiles for each kernel; each result is compared with the pinned one's."""
     query, key, value, gate = draw(length)
@@ -373,11 +508,14 @@ def main() -> None:
     """Run the chosen parts and append rows to --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="JSON lines file to append to")
-    parser.add_argument("--parts", default="train,pieces,scaling,stream,loop")
+    parser.add_argument("--parts", default="train,pieces,overlap,packed,scaling,stream,loop")
     parser.add_argument("--tune", action="store_true", help="also try other tiles")
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--lengths", default="32768,131072,524288,1048576", help="of scaling")
     options = parser.parse_args()
+    if options.parts == "cpu":
+        cpu(options.out)
+        return
     run, parts, rates = Run(options.out), options.parts.split(","), ceilings()
     print(rates, flush=True)
     if "train" in parts:
@@ -389,6 +527,10 @@ def main() -> None:
         ours(run, delta, "triton", options.length, best, rates)
     if "pieces" in parts:
         pieces(run, options.length, rates)
+    if "overlap" in parts:
+        overlap(run, options.length)
+    if "packed" in parts:
+        packed(run, options.length)
     if "loop" in parts:
         loop(run)
     if "stream" in parts:

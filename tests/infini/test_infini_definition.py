@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from longspan import (
     ConfigError,
@@ -166,6 +168,25 @@ def test_repeated_bindings(update):
     torch.testing.assert_close(out[:, :, 8:], share * v[:, :, 8:])
 
 
+@pytest.mark.parametrize(
+    ("update", "old", "new"),
+    [
+        ("linear", 0.5, 0.5),
+        ("delta", 0.122, 0.378),
+        ("delta_corrected", 0.0, 1.0),
+        ("gated_delta", 0.0, 1.0),
+    ],
+)
+def test_a_value_that_changed_long_ago(update, old, new):
+    """One key, its value changed after 20 segments, read 20 segments later."""
+    k = draw(1, 1, 1, 32).expand(1, 1, 164, 32)
+    v = torch.zeros(1, 1, 164, 2, dtype=F64)
+    v[:, :, :80, 0], v[:, :, 80:, 1] = 1.0, 1.0
+    config = InfiniConfig(segment_length=4, update=update)
+    out = infini_attention(k, k, v, gate=torch.tensor([60.0], dtype=F64), config=config).output
+    assert out[0, 0, -1].tolist() == pytest.approx([old, new], abs=5e-4)
+
+
 def test_delta_removes_what_it_finds():
     """P_s z_{s-1} is what z grows by: the delta rule applied to the values 1 leaves them at 1."""
     k = draw(1, 1, 12, 6)
@@ -217,6 +238,34 @@ def test_packed_documents_do_not_leak(update):
         torch.testing.assert_close(whole[start:end], alone.output[0].transpose(0, 1))
     k[:7], v[:7] = float("nan"), 1e9
     assert torch.equal(packed(k, v)[7:], whole[7:])
+
+
+@pytest.mark.parametrize("update", ["linear", "delta", "delta_corrected"])
+def test_gradients_stay_inside_a_packed_document(update):
+    cu = torch.tensor([0, 9, 20], dtype=torch.int32)
+    q, k, v = (draw(20, 2, 4, grad=True) for _ in range(3))
+    config = InfiniConfig(segment_length=4, update=update)
+    out = infini_attention_varlen(q, k, v, cu, cu, 11, 11, config=config)
+    for grad in torch.autograd.grad(out[9:].square().sum(), (q, k, v)):
+        assert (grad[:9] == 0).all()
+        assert (grad[10:17].abs().sum((1, 2)) > 0).all()  # row 9 sees itself alone
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_work_is_linear_in_the_length(update):
+    """Floating-point operations forward and backward: twice the segments, twice the work."""
+    config = InfiniConfig(segment_length=16, update=update)
+    spent = []
+    for n in (256, 512, 1024):
+        q, k, v = (draw(1, 2, n, 8, grad=True) for _ in range(3))
+        # torch's plain attention: the counter does not see into the fused one of a CPU
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            out = infini_attention(q, k, v, config=config, impl="eager", **rates(update, 1, 2, n))
+            out.output.sum().backward()
+        spent.append(counter.get_total_flops())
+    first, second = spent[1] - spent[0], spent[2] - spent[1]
+    assert first > 0.5 * spent[0]
+    assert second == pytest.approx(2 * first, rel=0.02)
 
 
 @pytest.mark.parametrize("update", UPDATES)

@@ -7,7 +7,10 @@ import torch
 
 from infini_cases import CASES, assert_matches
 from longspan import InfiniConfig, InfiniState, infini_attention, infini_attention_chunk
+from longspan._triton.interpreter import repair_interpreter
 from longspan.infini.ops import infini_mix, infini_states
+
+repair_interpreter()  # for tests that call a kernel without its operator
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -136,6 +139,21 @@ def test_sums_of_rows_that_are_loaded_in_turns(nan_scratch):
     dden = 0.5 * ((phi @ weights) * phi).sum(-1) / den.square()
     want = (dden.unsqueeze(-1) * phi).sum(3)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_maps_take_the_normaliser_to_what_it_grows_by(nan_scratch):
+    """P_s z_{s-1} = sum of sigma(k) over segment s; padding and missing rows add nothing."""
+    from longspan.infini.impl.triton.delta import segment_maps
+
+    key, before = torch.randn(2, 2, 34, 16) - 1.0, torch.rand(2, 2, 4, 16) + 0.1
+    lengths = torch.tensor([34, 19], dtype=torch.int32)
+    maps = segment_maps(key, before, lengths, 12, 3)
+    phi = torch.where(key > 0, key + 1, key.exp())
+    phi = torch.where(torch.arange(34) < lengths[:, None], 1.0, 0.0)[:, None, :, None] * phi
+    grows = torch.nn.functional.pad(phi, (0, 0, 0, 2)).unflatten(2, (3, 12)).sum(3)
+    got = (maps @ before[:, :, :3].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(got, grows, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(maps, maps.transpose(-1, -2), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_are_added_to_those_of_others(nan_scratch):

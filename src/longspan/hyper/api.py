@@ -256,10 +256,12 @@ def _triton_refusal(call: Call, config: HyperConfig) -> str | None:
     if refusal is not None:
         return refusal
     if config.structure == "chunks":
-        return "structure='chunks' has no Triton kernels; those of structure='recursion' exist"
-    if call.key_lengths is not None:
+        refusal = _chunks_refusal(call, config)
+        if refusal is not None:
+            return refusal
+    elif call.key_lengths is not None:
         return "key_lengths with structure='recursion': every batch entry is cut differently"
-    if config.residual == "centroid":
+    elif config.residual == "centroid":
         return "residual='centroid' with structure='recursion' has no Triton kernels"
     widest = max(call.query.shape[-1], call.value.shape[-1])
     if call.query.dtype is torch.float32 and widest > _WIDEST_SINGLE:
@@ -267,6 +269,20 @@ def _triton_refusal(call: Call, config: HyperConfig) -> str | None:
             f"float32 with a head dim of {widest}; the Triton kernels take up to "
             f"{_WIDEST_SINGLE} in float32 (256 in half precision), beyond it registers spill"
         )
+    return None
+
+
+def _chunks_refusal(call: Call, config: HyperConfig) -> str | None:
+    """The same for structure="chunks"."""
+    if not call.is_causal:
+        return "not causal with structure='chunks': the Triton kernels are causal"
+    if call.key_lengths is not None:
+        return "key_lengths with structure='chunks': the Triton kernels take none"
+    if config.residual not in ("centroid", "none"):
+        return f"residual={config.residual!r} with structure='chunks' has no Triton kernels"
+    for name in ("num_globals", "variance_term"):
+        if getattr(config, name):
+            return f"{name} with structure='chunks' has no Triton kernels"
     return None
 
 
@@ -313,7 +329,7 @@ def stream_call(
     chosen = choose_impl(name, impl, implementations(call, config))
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in call[:3])
     few = call.query.shape[2] <= MOST_QUERIES
-    if chosen is Impl.EAGER and few and not needs_grad and call.query.numel():
+    if chosen is not Impl.REFERENCE and few and not needs_grad and call.query.numel():
         with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
             return AttentionOutput(*decode_forward(call, config, finished.lookup, finished.columns))
     planes = _planes(name, call, config, None, seed)

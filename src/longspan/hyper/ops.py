@@ -154,6 +154,10 @@ def hyper_fwd(
     call = Call(query, key, value, key_lengths, is_causal, scale, query_offset)
     with torch.autocast(query.device.type, enabled=False):
         if config.structure == "chunks":
+            if impl == "triton":
+                from .impl.triton.chunks_forward import triton_chunks_forward
+
+                return triton_chunks_forward(call, config, ChunkIndex(*index), chosen)
             return eager_forward(call, config, ChunkIndex(*index), chosen)
         none = query.new_zeros((*query.shape[:3], 0), dtype=torch.int32)
         if impl == "triton":
@@ -227,6 +231,11 @@ def hyper_bwd(
     config = _config(names, numbers, spread)
     call = Call(query, key, value, key_lengths, is_causal, scale, query_offset)
     with torch.autocast(query.device.type, enabled=False):
+        if config.structure == "chunks" and impl == "triton":
+            from .impl.triton.chunks_backward import triton_chunks_backward
+
+            return triton_chunks_backward(call, config, ChunkIndex(*index), chosen, grad_output,
+                                          grad_lse, output, lse)  # fmt: skip
         if config.structure == "chunks":
             return eager_backward(call, config, ChunkIndex(*index), chosen, grad_output, grad_lse,
                                   output, lse)  # fmt: skip

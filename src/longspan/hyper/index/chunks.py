@@ -12,7 +12,7 @@ from .lsh import gray_rank, sign_codes
 from .pca import balanced_order
 from .samples import draw_uniforms, sample_ranks
 
-__all__ = ["build_chunk_index", "cluster_means", "member_matrix"]
+__all__ = ["build_chunk_index", "cluster_means", "member_matrix", "shared_in_pairs"]
 
 _ROWS_AT_ONCE = 2**24  # elements of the (chunks, S, K) matrices held at a time
 
@@ -32,6 +32,11 @@ def build_chunk_index(
         seed: makes the samples, which also depend on the chunk's number.
         first_chunk: number of the first chunk in the stream; positions stay relative to `key`.
     """
+    if key.is_cuda and config.index == "pca" and not torch.compiler.is_compiling():
+        from ..impl.triton.chunks_index import can_index, triton_chunk_index
+
+        if can_index(key, config):
+            return triton_chunk_index(key, config, first_chunk)
     batch, heads, length, dim = key.shape
     size, per_chunk = config.chunk_size, config.clusters_per_chunk
     chunks = length // size
@@ -61,7 +66,7 @@ def build_chunk_index(
         mean_key[part] = centre + mean
         if config.probe_spread:
             square = cluster_means(x.square(), labels[part], per_chunk)
-            variance[part] = _shared_in_pairs((square - centre.square()).clamp(min=0))
+            variance[part] = shared_in_pairs((square - centre.square()).clamp(min=0))
 
     counts = torch.zeros((groups, per_chunk + 1), dtype=torch.int32, device=device)
     counts.scatter_add_(1, labels.long(), torch.ones_like(labels))
@@ -103,7 +108,7 @@ def cluster_means(x: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     return (member @ x) / member.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _shared_in_pairs(variance: Tensor) -> Tensor:
+def shared_in_pairs(variance: Tensor) -> Tensor:
     """The mean of entries d and d + D // 2 (D even), the two that rotary embedding turns together.
 
     Shifting all positions turns each pair by one angle, which leaves the trace of its covariance,

@@ -18,6 +18,7 @@ from .backward import (
     _hyper_sample_key_bwd_kernel,
     _hyper_sample_sum_bwd_kernel,
 )
+from .chunks_catalogue import chunk_cases
 from .configs import DELTA_ROWS, SEGMENT, SUM_ROWS, config_of, hash_config
 from .forward import _hyper_leaf_fwd_kernel, _hyper_node_fwd_kernel
 from .index import (
@@ -67,6 +68,7 @@ def cases(capability: int) -> list[AotCase]:
         for kind in ("node", "node_query"):
             made.append(_tiled(kind, dim, torch.bfloat16, shared, is_full=False))
     made.extend(_others())
+    made.extend(chunk_cases(capability))
     return made
 
 
