@@ -164,6 +164,7 @@ def plan(attention: Sequence[str] | None, length: int, *, model: str) -> list[An
 
     native = native_mechanism(model)
     if native is not None:
-        errors.print(f"note: exact means this model's own attention: {native}, every key.")
+        every = ", every key" if native == "stick_breaking" else ""
+        errors.print(f"note: exact means this model's own attention: {native}{every}.")
     default = default_attentions(length, native=native)
     return plan_candidates(attention or default, native=native)
